@@ -1,0 +1,240 @@
+"""Train a small convolutional network on handwritten digits, data-parallel over all ranks of the job.
+
+    python -m launcher --nproc-per-node 2 examples/digits/train.py --epochs 12
+
+The images come from the channel ``training`` (``train.npz`` and ``test.npz``, see ``prepare.py``); when the job
+has no such channel, rank 0 makes the files in the place where the channel would be. Rank 0 writes ``model.pt``
+and ``metrics.json`` into the model directory, and a checkpoint after every epoch. When the job is asked to stop, all
+ranks agree on the step to stop at, the checkpoint is written, and every rank ends with 0; the next run
+goes on from there, with any number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from prepare import write_digits
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import launcher
+
+
+class DigitNet(nn.Module):
+    """Two convolutions and two linear layers: (n, 1, 8, 8) float32 in 0..1 -> (n, 10) logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits of a batch of images."""
+        return self.layers(images)
+
+
+@dataclass
+class Position:
+    """Where training stands: the epoch, and how many samples of its order all ranks together have seen."""
+
+    epoch: int = 0
+    sample: int = 0
+
+
+def parse_arguments(ctx: launcher.Context) -> argparse.Namespace:
+    """Read the hyperparameters; directories default to those of the job."""
+    parser = argparse.ArgumentParser(description="Train on handwritten digits.")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=0.003)
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step, over all ranks together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model-dir", type=Path, default=Path(ctx.model_dir))
+    parser.add_argument("--data", type=Path, default=ctx.channels.get("training"), help="instead of channel 'training'")
+    return parser.parse_args()
+
+
+def find_data(ctx: launcher.Context, given: Path | None, model_dir: Path) -> Path:
+    """Return the directory of the images, the same on all ranks; rank 0 makes it when the job brought none."""
+    if given is not None:
+        return given
+    place = [model_dir.absolute().parent / "input" / "data" / "training"]
+    if ctx.rank == 0 and not (place[0] / "train.npz").exists():
+        print(f"no channel 'training' in this job: writing the digits of scikit-learn to {place[0]}", flush=True)
+        write_digits(place[0])
+    if ctx.world_size > 1:
+        dist.broadcast_object_list(place, src=0)
+    return place[0]
+
+
+def load(path: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read one file of images and labels; pixels become 0..1."""
+    with np.load(path) as part:
+        images = torch.from_numpy(part["images"]).to(device, torch.float32).unsqueeze(1) / 16
+        return images, torch.from_numpy(part["labels"]).to(device)
+
+
+def any_rank(flag: bool, world_size: int) -> bool:
+    """Tell whether ``flag`` is true on any rank. All ranks get the same answer, so all leave the same step."""
+    if world_size == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def save_atomically(state: object, path: Path) -> None:
+    """Save ``state`` such that ``path`` holds either the old or the new content, whenever the job is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+class Trainer:
+    """One rank's share of the training, and the checkpoint that all ranks share."""
+
+    def __init__(self, ctx: launcher.Context, args: argparse.Namespace) -> None:
+        self.ctx, self.args = ctx, args
+        self.device = torch.device(ctx.device)
+        self.data = find_data(ctx, args.data, args.model_dir)
+        self.images, self.labels = load(self.data / "train.npz", self.device)
+        self.test_images, self.test_labels = load(self.data / "test.npz", self.device)
+        torch.manual_seed(args.seed)  # equal first weights on all ranks
+        self.net = DigitNet().to(self.device)
+        self.model: nn.Module = DistributedDataParallel(self.net) if ctx.world_size > 1 else self.net
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)
+        self.position = Position()
+        self.history: list[dict[str, float]] = []
+        self.checkpoint = Path(ctx.checkpoint_dir) / "digits.pt"
+
+    def resume(self) -> None:
+        """Take up the checkpoint of an earlier run, if there is one."""
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.position, self.history = Position(**state["position"]), state["history"]
+        if self.ctx.rank == 0:
+            print(f"resumed at epoch {self.position.epoch + 1}, sample {self.position.sample}", flush=True)
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint (rank 0; the other ranks hold the same weights)."""
+        if self.ctx.rank == 0:
+            state = {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+            save_atomically(
+                {**state, "position": vars(self.position), "history": self.history},
+                self.checkpoint,
+            )
+
+    def run_epoch(self) -> float | None:
+        """Finish the current epoch. Return this rank's mean loss, or None when the job was asked to stop.
+
+        Every epoch has its own order of the samples, equal on all ranks. A step takes the next ``batch_size``
+        samples of it and a rank every ``world_size``-th of those, so the position means the same whatever the
+        number of ranks. The rest that would not give each rank an equal share is left out of this epoch.
+        """
+        generator = torch.Generator().manual_seed(self.args.seed + self.position.epoch)
+        order = torch.randperm(len(self.labels), generator=generator)
+        per_rank = max(1, self.args.batch_size // self.ctx.world_size)
+        per_step = per_rank * self.ctx.world_size
+        losses: list[float] = []
+        while self.position.sample + per_step <= len(order):
+            if any_rank(self.ctx.stop_requested, self.ctx.world_size):
+                return None
+            start = self.position.sample
+            chosen = order[start + self.ctx.rank : start + per_step : self.ctx.world_size].to(self.device)
+            self.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.model(self.images[chosen]), self.labels[chosen])
+            loss.backward()  # DistributedDataParallel averages the gradients here
+            self.optimizer.step()
+            losses.append(loss.item())
+            self.position.sample += per_step
+            self.ctx.step(samples=per_rank)
+        self.position = Position(self.position.epoch + 1, 0)
+        return sum(losses) / max(1, len(losses))
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Return the share of test images that the network reads correctly."""
+        self.net.eval()
+        right = (self.net(self.test_images).argmax(dim=1) == self.test_labels).float().mean().item()
+        self.net.train()
+        return right
+
+    def train(self) -> bool:
+        """Train to the last epoch. Return False when the job was asked to stop before."""
+        while self.position.epoch < self.args.epochs:
+            began = time.monotonic()
+            loss = self.run_epoch()
+            if loss is None:
+                self.save_checkpoint()
+                return False
+            entry = {"epoch": self.position.epoch, "loss": loss, "accuracy": self.accuracy()}
+            self.history.append(entry)
+            self.save_checkpoint()
+            if self.ctx.rank == 0:
+                took = time.monotonic() - began
+                print(
+                    f"epoch {entry['epoch']}/{self.args.epochs} loss={loss:.4f} "
+                    f"test_accuracy={entry['accuracy']:.4f} ({took:.2f} s)",
+                    flush=True,
+                )
+        return True
+
+    def save_model(self) -> None:
+        """Write ``model.pt`` (a state dict of ``DigitNet``) and ``metrics.json``."""
+        self.args.model_dir.mkdir(parents=True, exist_ok=True)
+        save_atomically(
+            {name: value.cpu() for name, value in self.net.state_dict().items()}, self.args.model_dir / "model.pt"
+        )
+        metrics = {
+            "test_accuracy": self.accuracy(),
+            "history": self.history,
+            "data": str(self.data),
+            "world_size": self.ctx.world_size,
+            "hyperparameters": {name: getattr(self.args, name) for name in ("epochs", "lr", "batch_size", "seed")},
+        }
+        (self.args.model_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        print(f"test accuracy {metrics['test_accuracy']:.4f}; model in {self.args.model_dir}", flush=True)
+
+
+def main() -> None:
+    """Join the other ranks, train, and save."""
+    ctx = launcher.init()
+    args = parse_arguments(ctx)
+    if ctx.world_size > 1:
+        dist.init_process_group("gloo", rank=ctx.rank, world_size=ctx.world_size)
+    trainer = Trainer(ctx, args)
+    trainer.resume()
+    finished = trainer.train()
+    if ctx.rank == 0:
+        if finished:
+            trainer.save_model()
+        else:
+            position = trainer.position
+            print(f"stopped in epoch {position.epoch + 1}, sample {position.sample}: {trainer.checkpoint}", flush=True)
+    if ctx.world_size > 1:
+        dist.barrier()  # no rank leaves while another still writes
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""``launcher.launch``: the command line's work as a library call, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+from launcher.errors import JobFailed, UsageError
+from launcher.options import BY_NAME, CommandLine, suggest
+from launcher.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    from launcher.verdict import Verdict
+
+
+class RankResult(Record):
+    """One rank's end. ``value`` is what the function returned (None for a script)."""
+
+    rank: int
+    exit_code: int
+    stdout_log: str
+    stderr_log: str
+    value: Any = None
+
+
+class Result(Record):
+    """A job that succeeded. ``ranks`` are those of this host, in rank order."""
+
+    verdict: Verdict
+    ranks: tuple[RankResult, ...]
+    base_dir: str
+
+    @property
+    def exit_codes(self) -> dict[int, int]:
+        """Rank -> exit code."""
+        return {result.rank: result.exit_code for result in self.ranks}
+
+    @property
+    def values(self) -> list[Any]:
+        """What the function returned, by rank."""
+        return [result.value for result in self.ranks]
+
+
+def launch(
+    target: str | Callable[..., Any],
+    args: Sequence[Any] = (),
+    *,
+    nproc: int | str = "auto",
+    env: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> Result:
+    """Runs a script, or a function in every rank, and waits for it.
+
+    The ranks are new processes. A function must be importable by them (defined at the top level of a module or of a
+    script that is guarded by ``if __name__ == "__main__"``), or ``cloudpickle`` must be installed (notebooks).
+
+    Args:
+        target: path of a script, or the function.
+        args: the script's arguments (made text), or the function's positional ones.
+        nproc: ranks on this host, as ``--nproc-per-node``.
+        env: variables to set for the ranks, beside this process's own.
+        settings: any other option of the command line by its name, e.g. ``max_restarts=2``.
+
+    Raises:
+        JobFailed: the job failed; its ``verdict`` has the root cause, the text and every rank's end.
+        UsageError: an unknown setting, a bad value, or no such script.
+        TypeError: the function cannot be handed to other processes.
+    """
+    from launcher import job, run
+
+    for name in settings:
+        if name not in BY_NAME:
+            raise UsageError(f"launch() has no setting {name!r}{suggest(name, BY_NAME)}")
+    environ = {**os.environ, **(env or {})}
+    given = {"nproc_per_node": nproc, **settings}
+    entry, payload = None, ""
+    if callable(target):
+        entry, payload = _call_entry(target, tuple(args))
+        line = CommandLine("run", given, (), "", ())
+    else:
+        line = CommandLine("run", given, (), os.fspath(target), tuple(str(arg) for arg in args))
+    try:
+        prepared = run.prepare(job.resolve(line, environ, _log, entry), environ)
+        # Only the main thread may have signal handlers; elsewhere Ctrl-C is the caller's.
+        verdict = run.execute(prepared, handle_signals=threading.current_thread() is threading.main_thread())
+    finally:
+        if payload:
+            os.unlink(payload)
+            os.rmdir(os.path.dirname(payload))
+    if not verdict.ok:
+        raise JobFailed(verdict)
+    return _result(prepared, verdict, bool(payload))
+
+
+def _log(text: str) -> None:
+    print(f"[launcher] {text}", file=sys.stderr, flush=True)
+
+
+def _call_entry(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, str]:
+    import tempfile
+
+    from launcher.job import CALL, Entry
+    from launcher.rank.call import dump_call
+
+    payload = os.path.join(tempfile.mkdtemp(prefix="launcher-call-"), "call")  # mode 0700
+    try:
+        dump_call(payload, function, args)
+    except TypeError:
+        os.rmdir(os.path.dirname(payload))
+        raise
+    name = getattr(function, "__qualname__", repr(function))
+    return Entry(CALL, payload, (), os.getcwd(), sys.executable, name), payload
+
+
+def _result(prepared: Any, verdict: Verdict, is_call: bool) -> Result:
+    from launcher import run
+    from launcher.rank.call import load_result
+
+    attempt = max((int(r.error_file.split("attempt_")[1].split(os.sep)[0]) for r in verdict.records if r.error_file), default=0)
+    launches = {launch.rank: launch for launch in run.rank_launches(prepared, attempt)}
+    ranks = tuple(
+        RankResult(
+            rank=record.rank,
+            exit_code=record.exit_code,
+            stdout_log=launches[record.rank].stdout_path,
+            stderr_log=launches[record.rank].stderr_path,
+            value=load_result(launches[record.rank].environ["LAUNCHER_RESULT"]) if is_call else None,
+        )
+        for record in verdict.records
+    )
+    return Result(verdict, ranks, prepared.spec.container.paths.base)

@@ -1,0 +1,98 @@
+"""The one exception hierarchy, and the table of exit codes.
+
+Every message says what was wrong, where (file and field, option, host or rank), and what to do. Codes 64 to 77
+follow sysexits.h in spirit; they are used only when no rank's own failure came first.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from launcher.verdict import Verdict
+
+EXIT_USAGE = 64
+EXIT_CONTRACT = 65
+EXIT_CLUSTER = 69
+EXIT_INTERNAL = 70
+EXIT_OUTPUT = 74
+EXIT_HANG = 75
+EXIT_REFUSED = 77
+EXIT_SIGTERM = 143
+EXIT_SIGINT = 130
+
+EXIT_CODES: dict[int, str] = {
+    0: "every rank on every host ended with 0",
+    EXIT_USAGE: "usage: bad option or option value",
+    EXIT_CONTRACT: "bad input in the container contract (file and field named)",
+    EXIT_CLUSTER: "a host or the cluster could not be reached, or was lost",
+    EXIT_INTERNAL: "a fault of the launcher itself",
+    EXIT_OUTPUT: "output could not be written (disk full, read-only)",
+    EXIT_HANG: "hang: no progress within the limit",
+    EXIT_REFUSED: "a peer was refused (authentication, version, different host list)",
+    EXIT_SIGTERM: "stopped by SIGTERM, when the ranks did not end with 0 by themselves",
+    EXIT_SIGINT: "stopped by SIGINT, when the ranks did not end with 0 by themselves",
+}
+
+
+class LauncherError(Exception):
+    """Base of every error raised by this package. ``exit_code`` is what the command line ends with."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class UsageError(LauncherError):
+    """A bad option, option value, or argument of a library call."""
+
+    exit_code = EXIT_USAGE
+
+
+class ContractError(LauncherError):
+    """Missing or malformed input under ``/opt/ml``.
+
+    Attributes:
+        file: path of the file that was read.
+        field: the field in it (dotted), or ``""`` for the file as a whole.
+    """
+
+    exit_code = EXIT_CONTRACT
+
+    def __init__(self, file: str, field: str, found: str, expected: str) -> None:
+        self.file, self.field, self.found, self.expected = file, field, found, expected
+        where = f"{file}: field {field!r}" if field else file
+        super().__init__(f"{where}: found {found}; expected {expected}")
+
+    def __reduce__(self) -> tuple[type[ContractError], tuple[str, str, str, str]]:
+        return type(self), (self.file, self.field, self.found, self.expected)
+
+
+class ClusterError(LauncherError):
+    """A host could not be reached, or was lost."""
+
+    exit_code = EXIT_CLUSTER
+
+
+class OutputError(LauncherError):
+    """Output could not be written."""
+
+    exit_code = EXIT_OUTPUT
+
+
+class RefusedError(LauncherError):
+    """A peer was refused: authentication, version, or another host list."""
+
+    exit_code = EXIT_REFUSED
+
+
+class InternalError(LauncherError):
+    """A fault of the launcher itself; worth a bug report."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class JobFailed(LauncherError):
+    """The job ended with a failure. ``verdict`` names the root cause; ``exit_code`` is the culprit's."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        self.exit_code = verdict.exit_code
+        super().__init__(verdict.headline)

@@ -1,0 +1,160 @@
+"""What a training script can know and say about its job: ``launcher.init()``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+from launcher.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from launcher._native import StatusPage
+
+
+class Context:
+    """This rank's place in the job, its input and output, and its line to the supervisor.
+
+    Attributes:
+        rank, local_rank, world_size, local_world_size, host_rank: as torchrun numbers them.
+        host: this host's name in the host list; hosts: all of them, in order.
+        device: ``"cuda:N"`` when a GPU is visible to this rank, else ``"cpu"``.
+        channels: channel name -> directory.
+        hyperparameters: the job's user hyperparameters, typed.
+        model_dir, output_data_dir, checkpoint_dir: where results go; they exist.
+        attempt: 0, and one more after each restart of the group.
+    """
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        def number(name: str, default: int) -> int:
+            raw = environ.get(name, "")
+            try:
+                return int(raw) if raw else default
+            except ValueError:
+                raise UsageError(f"environment variable {name} is {raw!r}; expected a whole number") from None
+
+        self.rank = number("RANK", 0)
+        self.world_size = number("WORLD_SIZE", 1)
+        self.local_rank = number("LOCAL_RANK", 0)
+        self.local_world_size = number("LOCAL_WORLD_SIZE", 1)
+        self.host_rank = number("GROUP_RANK", 0)
+        self.attempt = number("TORCHELASTIC_RESTART_COUNT", 0)
+        self.host = environ.get("SM_CURRENT_HOST", "localhost")
+        self.hosts: list[str] = _json(environ, "SM_HOSTS", [self.host])
+        self.channels: dict[str, str] = {
+            name: environ["SM_CHANNEL_" + name.upper()]
+            for name in _json(environ, "SM_CHANNELS", [])
+            if "SM_CHANNEL_" + name.upper() in environ
+        }
+        self.hyperparameters: dict[str, object] = _json(environ, "SM_HPS", {})
+        self.model_dir = _directory(environ.get("SM_MODEL_DIR", "model"))
+        self.output_data_dir = _directory(environ.get("SM_OUTPUT_DATA_DIR", "output"))
+        self.checkpoint_dir = _directory(environ.get("LAUNCHER_CHECKPOINT_DIR", "checkpoints"))
+        self.device = _device(environ, self.local_rank)
+        self._steps = 0
+        self._samples = 0
+        self._deadline_file = environ.get("LAUNCHER_STOP_DEADLINE", "")
+        self._stop_signal = 0
+        self._watches_signal = False
+        self._page = _open_page(environ.get("LAUNCHER_STATUS_PAGE", ""))
+
+    def step(self, samples: int = 0) -> int:
+        """Tells the supervisor that one more training step is done, with ``samples`` samples; returns the count.
+
+        Costs well under a microsecond: a store into a page that the supervisor maps.
+        """
+        self._steps += 1
+        self._samples += samples
+        if self._page is not None:
+            self._page.step(self._steps, self._samples)
+        return self._steps
+
+    @property
+    def stop_requested(self) -> bool:
+        """True once the job has been asked to stop (SIGTERM): write a checkpoint and return.
+
+        From the first read on, SIGTERM no longer ends this process at once; the script has until
+        :attr:`stop_deadline`. Ranks learn it at slightly different steps: agree on one (an allreduce of the flag)
+        before leaving a loop with collectives.
+        """
+        if not self._watches_signal:
+            self._watches_signal = True
+            try:
+                if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                    signal.signal(signal.SIGTERM, self._on_sigterm)
+            except ValueError:
+                # Only the main thread can set a handler; the deadline file still tells.
+                print("[launcher] stop_requested was first read outside the main thread", file=sys.stderr)
+        return bool(self._stop_signal) or self.stop_deadline is not None
+
+    @property
+    def stop_deadline(self) -> float | None:
+        """The time (``time.monotonic()`` seconds) at which this rank is killed, once a stop is under way."""
+        try:
+            with open(self._deadline_file, encoding="ascii") as file:
+                return int(file.read()) / 1e9
+        except (OSError, ValueError):
+            return None  # no such file: no stop
+
+    @property
+    def stop_seconds_left(self) -> float | None:
+        """Seconds until :attr:`stop_deadline`, or None."""
+        deadline = self.stop_deadline
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self._stop_signal = number
+
+    def __repr__(self) -> str:
+        return f"Context(rank={self.rank}/{self.world_size}, local_rank={self.local_rank}, host={self.host!r})"
+
+
+def init() -> Context:
+    """This process's :class:`Context`. Without the launcher it is a world of one, so a script runs either way.
+
+    Raises:
+        UsageError: a variable of the environment is not what the launcher (or torchrun) sets.
+    """
+    return Context(dict(os.environ))
+
+
+def _json(environ: dict[str, str], name: str, default: object) -> object:
+    raw = environ.get(name)
+    if raw is None:
+        return default
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise UsageError(f"environment variable {name} is not JSON: {error}") from None
+
+
+def _directory(path: str) -> str:
+    os.makedirs(path, exist_ok=True)
+    return path
+
+
+def _device(environ: dict[str, str], local_rank: int) -> str:
+    # Counted as torch does, without importing it: what CUDA_VISIBLE_DEVICES leaves of the device files.
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        count = int(environ.get("SM_NUM_GPUS", "0") or 0)
+    else:
+        count = len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    return f"cuda:{local_rank % count}" if count else "cpu"
+
+
+def _open_page(path: str) -> StatusPage | None:
+    if not path:
+        return None
+    try:
+        from launcher.rank.status import open_page
+
+        return open_page(path, writable=True)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"[launcher] no progress reports from this rank: {error}", file=sys.stderr)
+        return None

@@ -1,0 +1,1 @@
+"""One host: starting, watching, stopping and reaping its ranks."""

@@ -1,0 +1,166 @@
+"""The supervisor's end of the guardian, the native process that is the parent of all ranks (native/guardian)."""
+
+from __future__ import annotations
+
+import os
+import select
+
+from launcher.errors import InternalError
+from launcher.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+ALL_RANKS = -2
+ZYGOTE = -1
+_MAX_FRAME = 16 * 1024 * 1024
+
+
+class Event(Record):
+    """One event: ``started``, ``spawn_failed``, ``exited``, ``empty``, ``stuck``, ``stats``, ``note`` or ``bye``.
+
+    The fields are those that native/guardian/guardian.h lists for it, undecoded.
+    """
+
+    verb: str
+    fields: tuple[bytes, ...]
+
+    def text(self, index: int) -> str:
+        """Field ``index`` as text; bytes that are not UTF-8 are shown as escapes."""
+        return self.fields[index].decode("utf-8", "backslashreplace")
+
+    def number(self, index: int) -> int:
+        """Field ``index`` as a number."""
+        return int(self.fields[index])
+
+    def items(self, index: int = 0) -> list[str]:
+        """The list that begins at field ``index``: its length, then its items."""
+        count = int(self.fields[index])
+        return [self.text(index + 1 + item) for item in range(count)]
+
+
+def executable() -> str:
+    """Path of the guardian. ``LAUNCHER_GUARDIAN`` names another build of it (tests run one with sanitizers)."""
+    return os.environ.get("LAUNCHER_GUARDIAN") or os.path.join(
+        os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "_guardian"
+    )
+
+
+class Guardian:
+    """A running guardian. Not thread-safe: one thread owns it.
+
+    Raises:
+        InternalError: it cannot be started, or has ended.
+    """
+
+    def __init__(self, cap_bytes: int, raw: bool) -> None:
+        command_read, self._commands = os.pipe()
+        self._events, event_write = os.pipe()
+        # Away from 3 and 4, where the guardian gets its ends (a closed stdin would make the pipes start at 0).
+        path = executable()
+        actions = [
+            (os.POSIX_SPAWN_DUP2, _above(command_read, 10), 3),
+            (os.POSIX_SPAWN_DUP2, _above(event_write, 10), 4),
+        ]
+        try:
+            self.pid = os.posix_spawn(
+                path, [path, "3", "4", str(os.getpid())], {"PATH": os.defpath}, file_actions=actions
+            )
+        except OSError as error:
+            raise InternalError(f"cannot start {path}: {error.strerror}; reinstall the launcher package") from error
+        finally:
+            for action in actions:
+                os.close(action[1])
+        self._buffer = b""
+        self._status: int | None = None
+        self.closed = False
+        self.send("hello", cap_bytes, int(raw))
+
+    def fileno(self) -> int:
+        """Readable when an event is there."""
+        return self._events
+
+    def send(self, *fields: object) -> None:
+        """Sends one command. Lists must have been flattened with :func:`counted`."""
+        payload = b"\0".join(_encode(field) for field in fields)
+        frame = memoryview(len(payload).to_bytes(4, "little") + payload)
+        try:
+            while frame:
+                frame = frame[os.write(self._commands, frame) :]
+        except BrokenPipeError:
+            self.closed = True  # read() tells how it ended, after what it still had to say
+
+    def read(self) -> list[Event]:
+        """All events that are there; waits for nothing. After its end: ``closed`` is set, and [] is returned."""
+        while select.select([self._events], [], [], 0)[0]:
+            piece = os.read(self._events, 1 << 20)
+            if not piece:
+                self.closed = True
+                break
+            self._buffer += piece
+        events = []
+        while len(self._buffer) >= 4:
+            size = int.from_bytes(self._buffer[:4], "little")
+            if size > _MAX_FRAME:
+                raise InternalError(f"the guardian sent a frame of {size} bytes")
+            if len(self._buffer) < 4 + size:
+                break
+            verb, *fields = self._buffer[4 : 4 + size].split(b"\0")
+            self._buffer = self._buffer[4 + size :]
+            events.append(Event(verb.decode(), tuple(fields)))
+        return events
+
+    def status(self) -> int:
+        """How it ended, as os.waitpid tells; waits for the end."""
+        if self._status is None:
+            try:
+                self._status = os.waitpid(self.pid, 0)[1]
+            except ChildProcessError:
+                self._status = 0  # reaped by a SIGCHLD policy that is not ours (library use)
+        return self._status
+
+    def close(self) -> None:
+        """Closes the pipes. A guardian that still runs then ends by itself, and every rank with it."""
+        for fd in (self._commands, self._events):
+            os.close(fd)
+
+
+def counted(items: Iterable[object]) -> list[object]:
+    """A list as it stands in a command: its length, then its items."""
+    values = list(items)
+    return [len(values), *values]
+
+
+def spawn_fields(
+    kind: str,
+    slot: int,
+    *,
+    directory: str,
+    out_path: str,
+    err_path: str,
+    console: int,
+    prefix: str,
+    cpus: Sequence[int],
+    argv: Sequence[str],
+    environ: dict[str, str],
+) -> list[object]:
+    """The ``spawn`` command. ``console``: bit 0 shows stdout, bit 1 stderr."""
+    environment = [f"{name}={value}" for name, value in environ.items()]
+    head = ["spawn", kind, slot, directory, out_path, err_path, console, prefix]
+    return [*head, *counted(cpus), *counted(argv), *counted(environment)]
+
+
+def _encode(field: object) -> bytes:
+    if isinstance(field, bytes):
+        return field
+    return os.fsencode(str(field)).replace(b"\0", b"?")
+
+
+def _above(fd: int, floor: int) -> int:
+    """``fd`` moved to ``floor`` or above."""
+    import fcntl
+
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
+    os.close(fd)
+    return moved

@@ -1,0 +1,49 @@
+"""What the supervisor has to know to run a job on this host."""
+
+from __future__ import annotations
+
+from launcher.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.engines.torch import RankLaunch
+
+
+class Display(Record):
+    """How one rank's output is shown. ``console``: bit 0 stdout, bit 1 stderr."""
+
+    prefix: str
+    console: int
+
+
+class HostPlan(Record):
+    """One host's part of a job. Times are seconds.
+
+    Attributes:
+        launches: attempt -> the ranks of this host.
+        displays: by local rank.
+        grace_failure_s, grace_stop_s: from SIGTERM to SIGKILL after a failure, and on a stop of the platform.
+        preload: modules for the zygote, "" for none.
+        deadline_file: where a stop's deadline is told to the ranks.
+        follow_parent: end when the process that started the launcher ends.
+    """
+
+    host: str
+    program: str
+    run_dir: str
+    launches: Callable[[int], list[RankLaunch]]
+    displays: tuple[Display, ...]
+    cap_bytes: int
+    raw: bool
+    grace_failure_s: float
+    grace_stop_s: float
+    max_restarts: int
+    crash_loop_s: float
+    hang_timeout_s: float
+    early_exit: str
+    preload: str
+    deadline_file: str
+    follow_parent: bool
+    handle_signals: bool = True

@@ -1,0 +1,114 @@
+#include "console.h"
+
+#include <poll.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+namespace launcher::guardian {
+
+Console::Console(int fd) : fd_(fd), thread_([this] { run(); }) {}
+
+Console::~Console() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  work_.notify_all();
+  thread_.join();
+}
+
+void Console::push(int slot, std::string_view text, std::size_t lines, const std::atomic<bool>& urgent) {
+  std::unique_lock lock(mutex_);
+  if (closed_) return;
+  Share& share = shares_[slot];
+  const auto fits = [&] { return closed_ || share.pending.empty() || share.pending.size() + text.size() <= kQuotaBytes; };
+  if (!fits() && !blocked_ && !urgent.load(std::memory_order_relaxed)) {
+    const bool moved = space_.wait_for(lock, kStallLimit, [&] { return fits() || urgent.load(std::memory_order_relaxed); });
+    if (!moved) blocked_ = true;
+  }
+  if (closed_) return;
+  if (!fits()) {
+    share.dropped_lines += lines;
+    share.dropped_bytes += text.size();
+    total_dropped_ += lines;
+    return;
+  }
+  note_dropped(slot, share);
+  share.pending.append(text);
+  work_.notify_one();
+}
+
+void Console::note_dropped(int slot, Share& share) {
+  if (share.dropped_lines == 0) return;
+  share.pending += "[launcher] local rank " + std::to_string(slot) + ": " + std::to_string(share.dropped_lines) +
+                   " lines (" + std::to_string(share.dropped_bytes) +
+                   " bytes) were not shown, the reader of this output is too slow; its log file has them\n";
+  share.dropped_lines = share.dropped_bytes = 0;
+}
+
+bool Console::flush(std::chrono::milliseconds limit) {
+  std::unique_lock lock(mutex_);
+  for (auto& [slot, share] : shares_) note_dropped(slot, share);
+  work_.notify_one();
+  return space_.wait_for(lock, limit, [&] {
+    if (closed_) return true;
+    if (writing_) return false;
+    for (const auto& [slot, share] : shares_) {
+      if (!share.pending.empty()) return false;
+    }
+    return true;
+  });
+}
+
+void Console::run() {
+  std::string text;
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    auto next = shares_.end();
+    const auto ready = [&] {
+      // Fair turns: the first waiting share after the one served last.
+      next = shares_.upper_bound(turn_);
+      for (std::size_t i = 0; i < shares_.size(); ++i, ++next) {
+        if (next == shares_.end()) next = shares_.begin();
+        if (!next->second.pending.empty()) return true;
+      }
+      return false;
+    };
+    work_.wait(lock, [&] { return ready() || stop_; });
+    if (stop_) return;
+    turn_ = next->first;
+    text.clear();
+    text.swap(next->second.pending);
+    writing_ = true;
+    space_.notify_all();
+    lock.unlock();
+    const bool written = write_all(text);
+    lock.lock();
+    writing_ = false;
+    blocked_ = false;
+    if (!written) {
+      closed_ = true;
+      shares_.clear();
+    }
+    space_.notify_all();
+  }
+}
+
+bool Console::write_all(std::string_view text) {
+  while (!text.empty()) {
+    const ssize_t written = ::write(fd_, text.data(), text.size());
+    if (written >= 0) {
+      text.remove_prefix(static_cast<std::size_t>(written));
+    } else if (errno == EAGAIN) {
+      // The descriptor is shared with whoever started us and may be non-blocking through them.
+      pollfd wait{fd_, POLLOUT, 0};
+      ::poll(&wait, 1, -1);
+    } else if (errno != EINTR) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace launcher::guardian

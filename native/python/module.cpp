@@ -1,0 +1,8 @@
+#include "module.h"
+
+NB_MODULE(_native, module) {
+  module.doc() = "Native part of launcher: status page, process attributes, CUDA device list.";
+  launcher::python::bind_status_page(module);
+  launcher::python::bind_process(module);
+  launcher::python::bind_cuda(module);
+}

@@ -1,0 +1,119 @@
+"""What ``pip install`` makes of the tree: a wheel twice in one tree, from the sdist, and an editable install.
+
+Built without isolation, with the tools of this environment, so that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("launcher", "native", "setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE")
+NO_CUDA = "-DLAUNCHER_CUDA=OFF"
+
+pytestmark = [pytest.mark.native, pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean copy of what the package is built from."""
+    for module in ("setuptools", "cmake", "ninja", "nanobind"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    if not (os.environ.get("CXX") or shutil.which("c++")):
+        pytest.skip("no C++ compiler")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("*.so", "_guardian", "__pycache__"))
+        elif source.exists():
+            shutil.copy2(source, tree / name)
+    return tree
+
+
+def python(*arguments: str, cwd: Path, executable: str = sys.executable) -> str:
+    done = subprocess.run(
+        [executable, *arguments],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "CMAKE_ARGS": NO_CUDA, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        timeout=380,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def build_wheel(tree: Path, target: Path) -> Path:
+    python("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(target), str(tree), cwd=target)
+    (wheel,) = target.glob("*.whl")
+    assert "-cp310-abi3-linux_" in wheel.name
+    return wheel
+
+
+def names_and_modes(wheel: Path) -> dict[str, int]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {entry.filename: entry.external_attr >> 16 for entry in archive.infolist()}
+
+
+def check_contents(wheel: Path) -> None:
+    files = names_and_modes(wheel)
+    assert "launcher/_native.abi3.so" in files
+    assert files["launcher/_guardian"] & 0o111 == 0o111
+    assert {"launcher/py.typed", "launcher/_native.pyi", "launcher/rank/status.py"} <= files.keys()
+    assert not [name for name in files if name.startswith(("native/", "tests/")) or "liblauncher_cuda" in name]
+
+
+def test_wheel_twice_in_one_tree_then_without_a_module(tree: Path, tmp_path: Path) -> None:
+    extra = tree / "launcher" / "removed_later.py"
+    extra.touch()
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    first = build_wheel(tree, tmp_path / "1")
+    assert "launcher/removed_later.py" in names_and_modes(first)
+    extra.unlink()
+    second = build_wheel(tree, tmp_path / "2")
+    check_contents(second)
+    assert "launcher/removed_later.py" not in names_and_modes(second)
+
+
+def test_wheel_from_sdist(tree: Path, tmp_path: Path) -> None:
+    code = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    python("-c", code, str(tmp_path), cwd=tree)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = [name.split("/", 1)[-1] for name in archive.getnames()]
+        assert not [name for name in names if name.endswith((".so", "_guardian")) or name.startswith("tests")]
+        archive.extractall(tmp_path / "out", filter="data")
+    (unpacked,) = (tmp_path / "out").iterdir()
+    (tmp_path / "wheel").mkdir()
+    check_contents(build_wheel(unpacked, tmp_path / "wheel"))
+
+
+def test_editable(tree: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=False, symlinks=True)
+    # The tools and the run-time dependencies of this environment; --ignore-installed leaves its own package alone.
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
+    (packages / "tools.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    executable = str(environment / "bin" / "python")
+    install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--ignore-installed", "-e", str(tree))
+    for _ in range(2):
+        python(*install, cwd=tmp_path, executable=executable)
+    assert os.access(tree / "launcher" / "_guardian", os.X_OK)
+    where = python("-c", "from launcher import _native; print(_native.__file__)", cwd=tree, executable=executable)
+    assert Path(where.strip()) == tree / "launcher" / "_native.abi3.so"
