@@ -121,8 +121,7 @@ def _result(prepared: Any, verdict: Verdict, is_call: bool) -> Result:
     from launcher import run
     from launcher.rank.call import load_result
 
-    attempt = max((int(r.error_file.split("attempt_")[1].split(os.sep)[0]) for r in verdict.records if r.error_file), default=0)
-    launches = {launch.rank: launch for launch in run.rank_launches(prepared, attempt)}
+    launches = {launch.rank: launch for launch in run.rank_launches(prepared, verdict.attempt)}
     ranks = tuple(
         RankResult(
             rank=record.rank,

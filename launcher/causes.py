@@ -20,9 +20,10 @@ _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), text)
     for pattern, text in (
         (
-            r"DataLoader worker .* is killed by signal: Bus error|insufficient shared memory|unable to open shared memory",
-            "shared memory is full: a container's /dev/shm is 64 MB and cannot be raised on SageMaker; use num_workers=0, "
-            "torch.multiprocessing.set_sharing_strategy('file_system'), or a loader without worker processes",
+            r"DataLoader worker .* is killed by signal: Bus error|insufficient shared memory"
+            r"|unable to open shared memory",
+            "shared memory is full: a container's /dev/shm is 64 MB and cannot be raised on SageMaker; use "
+            "num_workers=0, torch.multiprocessing.set_sharing_strategy('file_system'), or a loader without worker processes",
         ),
         (
             r"DataLoader worker .* is killed by signal: Killed",
@@ -31,7 +32,7 @@ _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (
             r"CUDA out of memory|torch\.(?:cuda\.)?OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED",
-            "the GPU's memory is full: smaller batch, gradient accumulation or checkpointing; the message says who holds it",
+            "the GPU's memory is full (the message says who holds it): smaller batch, gradient accumulation, checkpointing",
         ),
         (
             r"device-side assert triggered",
@@ -49,7 +50,10 @@ _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"CUDA driver version is insufficient|NVIDIA driver on your system is too old",
             "the host's driver is older than this CUDA build needs",
         ),
-        (r"Xid\b.*\b(?:48|63|64|79|94|95)\b|uncorrectable ECC error", "the GPU reports a hardware fault: replace the host"),
+        (
+            r"Xid\b.*\b(?:48|63|64|79|94|95)\b|uncorrectable ECC error",
+            "the GPU reports a hardware fault: replace the host",
+        ),
         (
             r"NCCL WARN.*No space left on device",
             "NCCL found /dev/shm full: set NCCL_SHM_DISABLE=1 or free shared memory",
@@ -61,7 +65,10 @@ _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"Cannot allocate memory|std::bad_alloc|MemoryError",
             "host memory is exhausted, or a limit on it was reached (ulimit -v, cgroup)",
         ),
-        (r"Resource temporarily unavailable|can't start new thread", "the limit of processes or threads was reached (ulimit -u)"),
+        (
+            r"Resource temporarily unavailable|can't start new thread",
+            "the limit of processes or threads was reached (ulimit -u)",
+        ),
         (r"ModuleNotFoundError|ImportError", "a package is missing in this image: add it to requirements.txt"),
     )
 )
@@ -100,14 +107,18 @@ def signal_reason(number: int, *, oom_kills: int, peak: str, shm: str, shm_full:
     """
     if number == signal.SIGKILL:
         if oom_kills:
-            return "the kernel killed it at the container's memory limit: smaller batches, fewer workers, or more memory"
+            return (
+                "the kernel killed it at the container's memory limit: smaller batches, fewer workers, or more memory"
+            )
         stopped = "; it had been stopped by SIGSTOP" if was_stopped else ""
-        return f"SIGKILL not sent by launcher, no OOM record in its cgroup ({peak}): somebody or the host killed it{stopped}"
+        return f"SIGKILL not sent by launcher, no OOM record in its cgroup ({peak}): sent from outside{stopped}"
     if number == signal.SIGBUS:
         if shm_full:
             return (
-                f"/dev/shm is full ({shm}): a container's is 64 MB and cannot be raised on SageMaker; use num_workers=0 "
-                "or a loader without shared memory, or remove what fills it"
+                f"/dev/shm is full ({shm}): a container's is 64 MB and cannot be raised on SageMaker; use "
+                "num_workers=0 or a loader without shared memory, or remove what fills it"
             )
-        return f"a page of a mapped file could not be had: the file was cut short, or its disk is full (/dev/shm: {shm})"
+        return (
+            f"a page of a mapped file could not be had: the file was cut short, or its disk is full (/dev/shm: {shm})"
+        )
     return _SIGNAL_TEXT.get(number, "")

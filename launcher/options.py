@@ -129,7 +129,9 @@ _LOGS = (
         pet="PET_REDIRECTS",
         group="logs",
     ),
-    Option("tee", "text", "0", "streams on the console although redirected", "MAP", ("-t",), pet="PET_TEE", group="logs"),
+    Option(
+        "tee", "text", "0", "streams on the console although redirected", "MAP", ("-t",), pet="PET_TEE", group="logs"
+    ),
     Option(
         "local_ranks_filter",
         "text",
@@ -162,7 +164,9 @@ _RANKS = (
     Option("role", "text", "default", "role name, for torchrun's variables", "NAME", pet="PET_ROLE", group="ranks"),
     Option("rdzv_id", "text", "", "run id", "ID", ("--run-id",), pet="PET_RDZV_ID", group="ranks"),
     Option("master_addr", "text", "", "MASTER_ADDR of the ranks", "ADDR", pet="PET_MASTER_ADDR", group="ranks"),
-    Option("master_port", "int", 0, "MASTER_PORT of the ranks; 0: a free one", "PORT", pet="PET_MASTER_PORT", group="ranks"),
+    Option(
+        "master_port", "int", 0, "MASTER_PORT of the ranks; 0: a free one", "PORT", pet="PET_MASTER_PORT", group="ranks"
+    ),
     Option(
         "virtual_local_rank",
         "flag",
@@ -171,8 +175,18 @@ _RANKS = (
         pet="PET_VIRTUAL_LOCAL_RANK",
         group="ranks",
     ),
-    Option("nnodes", "text", "", "number of hosts, checked against the host list", "N", pet="PET_NNODES", group="ranks"),
-    Option("node_rank", "text", "", "accepted for torchrun's sake; the host list decides", "N", pet="PET_NODE_RANK", group="ranks"),
+    Option(
+        "nnodes", "text", "", "number of hosts, checked against the host list", "N", pet="PET_NNODES", group="ranks"
+    ),
+    Option(
+        "node_rank",
+        "text",
+        "",
+        "accepted for torchrun's sake; the host list decides",
+        "N",
+        pet="PET_NODE_RANK",
+        group="ranks",
+    ),
     Option("python", "text", "", "interpreter of the ranks (default: this one)", "PATH", group="ranks"),
 )
 
@@ -288,7 +302,7 @@ _CONVERTERS: Mapping[str, Callable[[Option, object], object]] = {
 
 
 class CommandLine(Record):
-    """A parsed command line. ``given`` holds raw values by option name; ``ignored`` torchrun options that were given."""
+    """A parsed command line: ``given`` raw values by option name, ``ignored`` torchrun options that were given."""
 
     command: str
     given: dict[str, object]
@@ -383,10 +397,14 @@ def usage() -> str:
         if option.group != group:
             group = option.group
             lines += ["", f"{group}:"]
-        names = ", ".join((*(alias for alias in option.aliases if len(alias) == 2), "--" + option.name.replace("_", "-")))
+        names = ", ".join(
+            (*(alias for alias in option.aliases if len(alias) == 2), "--" + option.name.replace("_", "-"))
+        )
         value = option.metavar or ("{" + ",".join(option.choices) + "}" if option.choices else "")
         default = f" [{option.default}]" if option.kind != "flag" and option.default not in ("", None, {}) else ""
         head = f"  {names} {value}".rstrip()
-        lines.append(f"{head:<32} {option.help}{default}" if len(head) < 32 else f"{head}\n{'':<32} {option.help}{default}")
+        lines.append(
+            f"{head:<32} {option.help}{default}" if len(head) < 32 else f"{head}\n{'':<32} {option.help}{default}"
+        )
     lines += ["", "torchrun's other options are accepted and have no effect."]
     return "\n".join(lines)

@@ -18,9 +18,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     """All decisions as plain data; secrets in environment, hyperparameters and arguments are masked."""
     spec = prepared.spec
     launches = rank_launches(prepared, 0)
-    shared = {
-        name: value for name, value in prepared.environ.items() if os.environ.get(name) != value
-    }
+    shared = {name: value for name, value in prepared.environ.items() if os.environ.get(name) != value}
     facts = spec.container
     return {
         "run_id": spec.run_id,
@@ -54,11 +52,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
                 "argv": contract.mask_args(launch.argv),
                 "cpus": list(launch.cpus),
                 "environment": contract.mask_secrets(
-                    {
-                        name: value
-                        for name, value in launch.environ.items()
-                        if prepared.environ.get(name) != value
-                    }
+                    {name: value for name, value in launch.environ.items() if prepared.environ.get(name) != value}
                 ),
             }
             for launch in launches
@@ -75,12 +69,16 @@ def as_table(prepared: Prepared) -> str:
     """The plan as text for people."""
     plan = describe(prepared)
     lines = [f"job {plan['run_id']} ({plan['mode']})", f"  base directory  {plan['container']['base']}"]
-    lines.append(f"  entry point     {plan['entry']['kind']}: {plan['entry']['target']} {' '.join(plan['entry']['args'])}")
+    lines.append(
+        f"  entry point     {plan['entry']['kind']}: {plan['entry']['target']} {' '.join(plan['entry']['args'])}"
+    )
     lines.append(f"  run directory   {plan['run_directory']}")
     lines.append(f"  rendezvous      {plan['rendezvous']['address']}:{plan['rendezvous']['port']}")
     lines.append(f"  hosts           {', '.join(prepared.topology.hosts)} (this is {prepared.topology.host})")
     grace = plan["grace"]
-    lines.append(f"  grace           {grace['after_failure_s']:g} s after a failure, {grace['on_stop_s']:g} s on a stop")
+    lines.append(
+        f"  grace           {grace['after_failure_s']:g} s after a failure, {grace['on_stop_s']:g} s on a stop"
+    )
     for name, path in plan["container"]["channels"].items():
         lines.append(f"  channel         {name}: {path}")
     lines += ["", "settings"]

@@ -144,7 +144,7 @@ def _run_directory(spec: JobSpec) -> tuple[str, bool]:
         base = os.path.join(spec.container.paths.base, "run")
     else:
         # Beside the contract's tree, not in it: everything under output/ is uploaded.
-        base = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"launcher-{os.getuid()}")  # noqa: S108
+        base = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"launcher-{os.getuid()}")
     return os.path.join(os.path.abspath(base), f"{spec.run_id}_{os.urandom(4).hex()}"), keep
 
 
@@ -225,10 +225,10 @@ def _reserve_port(rendezvous: engine.Rendezvous, topology: Topology) -> tuple[in
     holder = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     holder.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
     try:
-        holder.bind(("0.0.0.0", rendezvous.port))  # noqa: S104  # only bound: nothing ever listens on it
+        holder.bind(("0.0.0.0", rendezvous.port))  # only bound: nothing ever listens on it
     except OSError as error:
         # The ranks learn the port from us, so another one serves as well.
-        holder.bind(("0.0.0.0", 0))  # noqa: S104
+        holder.bind(("0.0.0.0", 0))
         port = holder.getsockname()[1]
         return port, holder, (f"MASTER_PORT {rendezvous.port} cannot be had ({error.strerror}); using {port}",)
     return holder.getsockname()[1], holder, ()
@@ -308,4 +308,6 @@ def _conclude(prepared: Prepared, verdict: Verdict, stale: StaleMark, say: Any) 
         say(f"{error}; the failure was:\n{verdict.text}")
         return
     if users is not None:
-        say(f"{paths.failure_file} was written by the script itself and is kept; the launcher's own view: {paths.failure_json}")
+        say(
+            f"{paths.failure_file} was written by the script itself and is kept; the launcher's view: {paths.failure_json}"
+        )

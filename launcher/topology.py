@@ -81,7 +81,9 @@ def choose_hosts(
         if not low.isdigit() or (high and not high.isdigit()):
             raise UsageError(f"nnodes is {nnodes!r}; expected N or MIN:MAX")
         if not int(low) <= len(hosts) <= int(high or low):
-            raise UsageError(f"nnodes is {nnodes}, but the host list has {len(hosts)} of {len(listed)}: {', '.join(hosts)}")
+            raise UsageError(
+                f"nnodes is {nnodes}, but the host list has {len(hosts)} of {len(listed)}: {', '.join(hosts)}"
+            )
     return hosts
 
 

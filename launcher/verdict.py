@@ -119,6 +119,7 @@ class Verdict(Record):
         headline: the one line; text: what goes into output/failure ("" on success).
         culprit: the culprit's record, if a rank is to blame.
         victims: rank -> why it is one.
+        attempt: number of the attempt that this is the verdict on.
     """
 
     kind: str
@@ -129,6 +130,7 @@ class Verdict(Record):
     victims: dict[int, str] = {}
     records: tuple[ExitRecord, ...] = ()
     evidence: Evidence = Evidence()
+    attempt: int = 0
 
     @property
     def ok(self) -> bool:
@@ -206,9 +208,7 @@ def _early_exit(
     return _finish("early-exit", code, headline, first, victims, records, evidence, program)
 
 
-def _stopped(
-    records: tuple[ExitRecord, ...], victims: dict[int, str], evidence: Evidence, program: str
-) -> Verdict:
+def _stopped(records: tuple[ExitRecord, ...], victims: dict[int, str], evidence: Evidence, program: str) -> Verdict:
     name = _signal_name(evidence.stop_signal)
     late = [record.rank for record in records if record.how == SIGNAL and record.value == signal.SIGKILL]
     headline = f"stopped by {name}"
@@ -254,8 +254,7 @@ def _what(record: ExitRecord, evidence: Evidence) -> str:
     if by_signal and record.value == signal.SIGKILL and evidence.oom_kills:
         limit = f" of limit {_gib(evidence.memory_limit)}" if evidence.memory_limit else ""
         return (
-            f"was OOM-killed: peak RSS {_gib(record.max_rss_kib * 1024)}{limit}, "
-            f"cgroup oom_kill +{evidence.oom_kills}"
+            f"was OOM-killed: peak RSS {_gib(record.max_rss_kib * 1024)}{limit}, cgroup oom_kill +{evidence.oom_kills}"
         )
     child = next((child for child in evidence.lost_children if child.rank == record.rank), None)
     if evidence.oom_kills and child is not None:

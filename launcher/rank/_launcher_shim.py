@@ -43,7 +43,11 @@ def strip(trace: TracebackType | None) -> TracebackType | None:
 
 
 def run(namespace: dict[str, Any]) -> None:
-    """Runs ``sys.argv[1:]`` = ``script PATH ARGS...`` | ``module NAME ARGS...`` | ``call FILE`` | ``zygote MODULES``."""
+    """Runs ``sys.argv[1:]``: a kind, a target, and the script's own arguments.
+
+    Kinds: ``script PATH``, ``module NAME``, ``function MODULE:NAME``, ``call FILE``; ``zygote MODULES`` imports and
+    then becomes one of them in each process it forks.
+    """
     kind = sys.argv[1]
     del sys.path[0]  # this folder, put there because boot.py was the script
     if kind == "zygote":
@@ -65,6 +69,8 @@ def run(namespace: dict[str, Any]) -> None:
             import runpy
 
             runpy._run_module_as_main(target)  # type: ignore[attr-defined]  # what `python -m` itself calls
+        elif kind == "function":
+            _run_function(namespace, target)
         elif kind == "call":
             _run_call(namespace, target)
         else:
@@ -95,7 +101,7 @@ def attach() -> None:
         # stderr closed, or replaced by something without a descriptor: the script must still run.
         print(f"[launcher] no stack dumps from this rank: {error}", file=sys.__stderr__)
     # threading takes its default hook from here when it is imported, which the script may never do.
-    _thread._excepthook = _thread_hook(_thread._excepthook)  # type: ignore[attr-defined]
+    _thread._excepthook = _thread_hook(_thread._excepthook)
 
 
 def record(error: BaseException, thread: str = "") -> None:
@@ -200,6 +206,16 @@ def _is_archive(path: str) -> bool:
             return file.read(4) == b"PK\x03\x04"
     except OSError:
         return False
+
+
+def _run_function(namespace: dict[str, Any], target: str) -> None:
+    """``module:function``, called without arguments in the code directory: a framework's own entry point."""
+    _clear(namespace, None)
+    sys.path.insert(0, os.getcwd())
+    import importlib
+
+    module, _, function = target.partition(":")
+    getattr(importlib.import_module(module), function)()
 
 
 def _run_call(namespace: dict[str, Any], target: str) -> None:

@@ -56,7 +56,9 @@ def serve(arguments: list[str]) -> list[str]:
 def _refuse_unforkable() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        raise RuntimeError("a preloaded module initialised CUDA, which does not survive fork(); leave it out of --preload")
+        raise RuntimeError(
+            "a preloaded module initialised CUDA, which does not survive fork(); leave it out of --preload"
+        )
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         names = sorted({_thread_name(task) for task in os.listdir("/proc/self/task")})
@@ -120,7 +122,9 @@ def _become_rank(
     os.close(out_fd)
     os.close(err_fd)
     os.environ.clear()
-    os.environ.update(entry.split("=", 1) for entry in environment)
+    for entry in environment:
+        name, _, value = entry.partition("=")
+        os.environ[name] = value
     if directory:
         os.chdir(directory)
     numpy_random = sys.modules.get("numpy.random")

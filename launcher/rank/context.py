@@ -13,6 +13,7 @@ from launcher.errors import UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
+    from typing import Any
 
     from launcher._native import StatusPage
 
@@ -123,7 +124,7 @@ def init() -> Context:
     return Context(dict(os.environ))
 
 
-def _json(environ: dict[str, str], name: str, default: object) -> object:
+def _json(environ: dict[str, str], name: str, default: Any) -> Any:
     raw = environ.get(name)
     if raw is None:
         return default

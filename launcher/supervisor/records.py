@@ -48,9 +48,7 @@ def read_page(path: str) -> tuple[int, int] | None:
     return phase, int.from_bytes(page[_STEP_OFFSET : _STEP_OFFSET + 8], "little")
 
 
-def make_record(
-    event: Event, launch: RankLaunch, host: str, told_ns: int, replaced: bool = False
-) -> ExitRecord:
+def make_record(event: Event, launch: RankLaunch, host: str, told_ns: int, replaced: bool = False) -> ExitRecord:
     """The exit record for an ``exited`` event.
 
     Args:

@@ -86,7 +86,7 @@ class Supervisor:
         return attempt
 
     def _prepare(self) -> None:
-        """What can wait until the ranks are starting: signals, duties of an init process, the evidence's first state."""
+        """What can wait until the ranks are starting: signals, an init process's duties, the evidence's first state."""
         if self.plan.handle_signals:
             self._handle_signals()
         from launcher import verdict
@@ -133,7 +133,10 @@ class Supervisor:
                     self.say(hang)
                     self._note_shared_memory()
                     attempt.stop(SIGTERM, self.plan.grace_failure_s)
-        return self._judge(list(attempt.records.values()), self._evidence(attempt), self.plan.program)
+        from launcher.record import replace
+
+        verdict = self._judge(list(attempt.records.values()), self._evidence(attempt), self.plan.program)
+        return replace(verdict, attempt=attempt.number)
 
     def _take_event(self, attempt: Attempt, event: Event) -> None:
         if event.verb == "note":

@@ -166,7 +166,7 @@ class Watch:
             self.hang_rank = outside[0]
             names = ", ".join(map(str, outside))
             text += f"; rank {names} never entered collective #{max(inside.values())}, where the others wait"
-        elif len({step for step in self._steps.values()}) > 1:
+        elif len(set(self._steps.values())) > 1:
             slot = min(self._steps, key=lambda slot: self._steps[slot])
             self.hang_rank = attempt.launches[slot].rank
             text += f"; rank {self.hang_rank} is behind, at step {self._steps[slot][0]}"
@@ -231,5 +231,3 @@ def _command(pid: int) -> str:
             return file.read(200).replace(b"\0", b" ").decode("utf-8", "replace").strip() or "?"
     except OSError:
         return "?"
-
-

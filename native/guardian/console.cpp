@@ -22,9 +22,12 @@ void Console::push(int slot, std::string_view text, std::size_t lines, const std
   std::unique_lock lock(mutex_);
   if (closed_) return;
   Share& share = shares_[slot];
-  const auto fits = [&] { return closed_ || share.pending.empty() || share.pending.size() + text.size() <= kQuotaBytes; };
+  const auto fits = [&] {
+    return closed_ || share.pending.empty() || share.pending.size() + text.size() <= kQuotaBytes;
+  };
   if (!fits() && !blocked_ && !urgent.load(std::memory_order_relaxed)) {
-    const bool moved = space_.wait_for(lock, kStallLimit, [&] { return fits() || urgent.load(std::memory_order_relaxed); });
+    const bool moved =
+        space_.wait_for(lock, kStallLimit, [&] { return fits() || urgent.load(std::memory_order_relaxed); });
     if (!moved) blocked_ = true;
   }
   if (closed_) return;

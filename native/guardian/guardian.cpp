@@ -60,7 +60,7 @@ Guardian::Guardian(int command_fd, int event_fd, pid_t supervisor)
   sigfillset(&all);
   for (const int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&all, number);
   ::sigprocmask(SIG_SETMASK, &all, nullptr);
-  struct sigaction standard {};
+  struct sigaction standard{};
   standard.sa_handler = SIG_DFL;  // an inherited SIG_IGN for SIGCHLD would lose the ends of the ranks
   ::sigaction(SIGCHLD, &standard, nullptr);
   sigset_t child;
@@ -401,8 +401,8 @@ void Guardian::step_sweep() {
     Fields fields{"stuck", str(survivors.size())};
     for (const auto& info : survivors) {
       const std::string channel = wait_channel(info.pid);
-      fields.push_back(as_field(str(info.pid) + " " + info.state + " " + (channel.empty() ? "?" : channel) + " " +
-                                info.command));
+      fields.push_back(
+          as_field(str(info.pid) + " " + info.state + " " + (channel.empty() ? "?" : channel) + " " + info.command));
     }
     sweep_.stage = SweepStage::kNone;
     send(fields);

@@ -23,7 +23,8 @@ void CappedFile::open() {
 }
 
 void CappedFile::fail(const char* what) {
-  error_ = "cannot " + std::string(what) + " " + path_ + ": " + std::strerror(errno) + "; its text goes to the console only";
+  error_ =
+      "cannot " + std::string(what) + " " + path_ + ": " + std::strerror(errno) + "; its text goes to the console only";
   if (fd_ >= 0) ::close(fd_);
   fd_ = -1;
 }

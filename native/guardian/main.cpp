@@ -15,7 +15,8 @@ int main(int argc, char** argv) {
     usable = std::from_chars(text, text + std::strlen(text), numbers[i]).ec == std::errc{};
   }
   if (!usable) {
-    std::fprintf(stderr, "usage: _guardian COMMAND_FD EVENT_FD SUPERVISOR_PID (internal: started by `python -m launcher`)\n");
+    std::fprintf(stderr,
+                 "usage: _guardian COMMAND_FD EVENT_FD SUPERVISOR_PID (internal: started by `python -m launcher`)\n");
     return 64;
   }
   try {

@@ -61,7 +61,7 @@ std::vector<char*> pointers(const std::vector<std::string>& strings) {
     }
   }
   if (!request.directory.empty() && ::chdir(request.directory.c_str()) != 0) fail(3);
-  struct sigaction standard {};
+  struct sigaction standard{};
   standard.sa_handler = SIG_DFL;
   for (int number = 1; number < NSIG; ++number) ::sigaction(number, &standard, nullptr);
   sigset_t none;

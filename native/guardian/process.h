@@ -21,7 +21,7 @@ struct SpawnRequest {
 
 struct SpawnResult {
   pid_t pid = -1;
-  int error = 0;           // errno, when pid is -1
+  int error = 0;          // errno, when pid is -1
   const char* step = "";  // the call that failed
 };
 

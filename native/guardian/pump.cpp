@@ -137,7 +137,8 @@ void RankPump::take(Stream& stream, std::string_view bytes) {
   // The console first: a slow disk must not make a live line late.
   if (stream.console != nullptr) {
     if (raw_) {
-      stream.console->push(slot_, bytes, static_cast<std::size_t>(std::count(bytes.begin(), bytes.end(), '\n')), urgent_);
+      stream.console->push(slot_, bytes, static_cast<std::size_t>(std::count(bytes.begin(), bytes.end(), '\n')),
+                           urgent_);
     } else {
       show(stream, stream.assembler.feed(bytes, LineAssembler::Clock::now(), text_));
     }
