@@ -23,7 +23,7 @@ _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"DataLoader worker .* is killed by signal: Bus error|insufficient shared memory"
             r"|unable to open shared memory",
             "shared memory is full: a container's /dev/shm is 64 MB and cannot be raised on SageMaker; use "
-            "num_workers=0, torch.multiprocessing.set_sharing_strategy('file_system'), or a loader without worker processes",
+            "num_workers=0, torch.multiprocessing.set_sharing_strategy('file_system'), or a loader without workers",
         ),
         (
             r"DataLoader worker .* is killed by signal: Killed",
@@ -32,7 +32,7 @@ _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (
             r"CUDA out of memory|torch\.(?:cuda\.)?OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED",
-            "the GPU's memory is full (the message says who holds it): smaller batch, gradient accumulation, checkpointing",
+            "the GPU's memory is full (the message says who holds it): smaller batch, accumulation, checkpointing",
         ),
         (
             r"device-side assert triggered",

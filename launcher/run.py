@@ -308,6 +308,4 @@ def _conclude(prepared: Prepared, verdict: Verdict, stale: StaleMark, say: Any) 
         say(f"{error}; the failure was:\n{verdict.text}")
         return
     if users is not None:
-        say(
-            f"{paths.failure_file} was written by the script itself and is kept; the launcher's view: {paths.failure_json}"
-        )
+        say(f"{paths.failure_file} is the script's own and is kept; the launcher's view: {paths.failure_json}")

@@ -1,6 +1,7 @@
 """Ranks as torchrun would start them: command, environment, log tree.
 
-The variables are those that torch 2.13's elastic agent sets (its agent/server/local_elastic_agent.py), with two deliberate differences: ``OMP_NUM_THREADS`` is the rank's share of the CPUs instead of 1, and
+The variables are those that torch 2.13's elastic agent sets (its agent/server/local_elastic_agent.py), with two
+deliberate differences: ``OMP_NUM_THREADS`` is the rank's share of the CPUs instead of 1, and
 ``TORCHELASTIC_USE_AGENT_STORE`` is always "False", since rank 0 hosts the store.
 """
 
