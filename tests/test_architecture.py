@@ -24,7 +24,6 @@ DENIED = {
     "dataclasses",
     "difflib",
     "email",
-    "enum",
     "inspect",
     "logging",
     "multiprocessing",
