@@ -130,13 +130,13 @@ def test_help_is_short_and_complete(job: Any, word: str) -> None:
     assert job.run(word, own_tree=False) == 0
     lines = job.stdout.splitlines()
     assert len(lines) < 90
-    assert max(map(len, lines)) <= 132
+    assert max(map(len, lines)) <= 140
     from launcher.options import OPTIONS
 
     for option in OPTIONS:
         assert "--" + option.name.replace("_", "-") in job.stdout
     assert job.stderr == ""
-    assert list(job.directory.iterdir()) == [job.stdout_path, job.stderr_path] or len(list(job.directory.iterdir())) == 2
+    assert set(job.directory.iterdir()) == {job.stdout_path, job.stderr_path}
 
 
 def test_version(job: Any) -> None:
@@ -167,7 +167,7 @@ def test_version(job: Any) -> None:
         (["-n", "0", "train.py"], ["nproc_per_node", "command line", "'0'", "above 0"]),
         (["-n", "gpu", "train.py"], ["no GPU"]),
         (["--redirects", "5", "train.py"], ["redirects", "'5'"]),
-        (["--tee", "7:3", "train.py"], ["tee", "'7:3'"]),
+        (["--tee", "7:3", "train.py"], ["tee", "'7'", "0..0"]),
         (["--local-ranks-filter", "4", "train.py"], ["local_ranks_filter", "'4'"]),
         (["--nnodes", "3", "train.py"], ["nnodes is 3", "host list has 1"]),
         (["--stop-timeout", "5", "--stop-reserve", "5", "train.py"], ["stop_reserve", "stop_timeout"]),
@@ -297,7 +297,7 @@ def test_bad_value_names_its_source(job: Any) -> None:
     assert "environment PET_STANDALONE: standalone is '2'" in job.stderr
 
 
-def test_unknown_variable_of_ours_is_an_error(job: Any) -> None:
+def test_unknown_variable_of_ours_is_named(job: Any) -> None:
     """`LAUNCHER_MAX_RESTRATS=1` would otherwise be ignored without a word, which the YAML file does not do."""
     job.script(SHOW)
     job.run("train.py", env={"LAUNCHER_MAX_RESTRATS": "1"})

@@ -11,7 +11,7 @@ import time
 
 from launcher.record import replace
 from launcher.supervisor.guardian import ALL_RANKS, ZYGOTE, Event, Guardian, spawn_fields
-from launcher.supervisor.records import failed_start, make_record, make_status_page
+from launcher.supervisor.pages import make_status_page
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ class Attempt:
             for waiting in [slot for slot in self._alive() if slot not in self.pids]:
                 self.records[waiting] = self._never_started(waiting, 1, "its preload process ended")
         else:
+            from launcher.supervisor.records import make_record  # loaded while the ranks were starting
+
             # A rank that was signalled has this attempt's time; one that ended before has none.
             told_ns = self._told_ns if 0 < self._told_ns <= event.number(4) else 0
             record = make_record(event, self.launches[slot], self.plan.host, told_ns, slot in self.replaced)
@@ -216,6 +218,8 @@ class Attempt:
             self.sweep(0)
 
     def _never_started(self, slot: int, code: int, reason: str) -> ExitRecord:
+        from launcher.supervisor.records import failed_start
+
         return failed_start(self.launches[slot], self.plan.host, code, reason, time.monotonic_ns())
 
     def _on_swept(self, event: Event) -> None:

@@ -90,6 +90,7 @@ class Supervisor:
         if self.plan.handle_signals:
             self._handle_signals()
         from launcher import verdict
+        from launcher.supervisor import records  # noqa: F401  # its first use must not wait for an import
         from launcher.supervisor.cgroup import MemoryCgroup
         from launcher.supervisor.watch import Watch
 

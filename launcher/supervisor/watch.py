@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from launcher.supervisor.records import read_page
+from launcher.supervisor.pages import read_page
 from launcher.verdict import LostChild
 
 TYPE_CHECKING = False
