@@ -64,9 +64,7 @@ class Guardian:
             (os.POSIX_SPAWN_DUP2, _above(event_write, 10), 4),
         ]
         try:
-            self.pid = os.posix_spawn(
-                path, [path, "3", "4", str(os.getpid())], {"PATH": os.defpath}, file_actions=actions
-            )
+            self.pid = os.posix_spawn(path, [path, "3", "4", str(os.getpid())], os.environ, file_actions=actions)
         except OSError as error:
             raise InternalError(f"cannot start {path}: {error.strerror}; reinstall the launcher package") from error
         finally:

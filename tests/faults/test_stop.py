@@ -197,6 +197,7 @@ def test_second_signal_kills_at_once(job, number, code, word):
     assert job.wait() == code, job.output()
     assert "second signal: killing all ranks now" in job.stderr
     assert job.failure.startswith(f"stopped by SIG{word}")
+    assert "end of the grace period" not in job.failure, "they were killed by the second signal, long before"
     assert job.failure_json["detail"]["exit_code"] == code
 
 
