@@ -57,6 +57,8 @@ def _run(line: CommandLine) -> int:
     from launcher import job, run
 
     paths: Paths | None = None
+    if line.command == "train" or os.getpid() == 1:
+        _end_on_stop_signals()
     try:
         spec = job.resolve(line, os.environ, _log)
         paths = spec.container.paths
@@ -67,6 +69,19 @@ def _run(line: CommandLine) -> int:
     except LauncherError as error:
         run.report_error(error, paths or _contract_paths(line, error))
         return error.exit_code
+
+
+def _end_on_stop_signals() -> None:
+    """Until ranks run, a stop ends the preparation (a download, pip): process 1 would otherwise not even notice it."""
+    import signal
+
+    from launcher.errors import StoppedError
+
+    def stop(number: int, frame: object) -> None:
+        raise StoppedError(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def _contract_paths(line: CommandLine, error: LauncherError) -> Paths | None:

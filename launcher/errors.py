@@ -83,6 +83,15 @@ class RefusedError(LauncherError):
     exit_code = EXIT_REFUSED
 
 
+class StoppedError(LauncherError):
+    """The job was stopped by a signal before any rank was started. ``exit_code`` is 128 plus the signal."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.exit_code = 128 + number
+        super().__init__(f"stopped by signal {number} before any rank was started")
+
+
 class InternalError(LauncherError):
     """A fault of the launcher itself; worth a bug report."""
 

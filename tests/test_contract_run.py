@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +213,14 @@ def test_code_is_fetched_from_a_directory(job: Any) -> None:
     assert seen(job)["env"]["SM_MODULE_DIR"] == str(job.directory / "source")
 
 
-@pytest.mark.skipif(shutil.which("train") is None, reason="the console script is not on PATH")
+TRAIN = Path(sys.executable).parent / "train"
+
+
+@pytest.mark.skipif(not TRAIN.exists(), reason="the package is not installed beside the interpreter")
 def test_console_script(job: Any) -> None:
     job.tree({"sagemaker_program": "train.py"})
     code(job, SHOW)
-    assert job.run(command=("train",), own_tree=False, env={"SAGEMAKER_BASE_DIR": str(job.base)}) == 0, job.output()
+    assert job.run(command=(TRAIN,), own_tree=False, env={"SAGEMAKER_BASE_DIR": str(job.base)}) == 0, job.output()
     assert seen(job)["argv"] == ["train.py"]
 
 
@@ -443,7 +444,7 @@ def test_extra_fields_are_no_error(job: Any) -> None:
 
 
 @pytest.mark.parametrize("beginning", ["", '{"current_host": "algo-1", "hos'])
-def test_file_that_is_completed_a_little_later(job: Any, wait_until: Callable[..., Any], beginning: str) -> None:
+def test_file_that_is_completed_a_little_later(job: Any, beginning: str) -> None:
     """The launcher reads the cut file, keeps looking, and takes the whole one."""
     job.tree({"sagemaker_program": "train.py"})
     code(job, SHOW)
