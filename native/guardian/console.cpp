@@ -37,6 +37,7 @@ void Console::push(int slot, std::string_view text, std::size_t lines, const std
     total_dropped_ += lines;
     return;
   }
+  if (share.pending.empty()) share.waiting_since = order_++;
   note_dropped(slot, share);
   share.pending.append(text);
   work_.notify_one();
@@ -70,17 +71,15 @@ void Console::run() {
   for (;;) {
     auto next = shares_.end();
     const auto ready = [&] {
-      // Fair turns: the first waiting share after the one served last.
-      next = shares_.upper_bound(turn_);
-      for (std::size_t i = 0; i < shares_.size(); ++i, ++next) {
-        if (next == shares_.end()) next = shares_.begin();
-        if (!next->second.pending.empty()) return true;
+      next = shares_.end();
+      for (auto share = shares_.begin(); share != shares_.end(); ++share) {
+        if (share->second.pending.empty()) continue;
+        if (next == shares_.end() || share->second.waiting_since < next->second.waiting_since) next = share;
       }
-      return false;
+      return next != shares_.end();
     };
     work_.wait(lock, [&] { return ready() || stop_; });
     if (stop_) return;
-    turn_ = next->first;
     text.clear();
     text.swap(next->second.pending);
     writing_ = true;

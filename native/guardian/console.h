@@ -2,8 +2,8 @@
 //
 // A reader that stops reading must not stop the training. Each slot may have kQuotaBytes waiting; a rank whose share
 // is full waits at most kStallLimit for the writer to move, then its lines are dropped (they are still in its file)
-// and counted, and the count is shown as soon as there is room. Shares are taken in turn, so a rank that floods delays
-// the lines of the others by no more than one share each.
+// and counted, and the count is shown as soon as there is room. The share that has waited longest is written next, so
+// lines keep their order in time, and a rank that floods delays the lines of the others by no more than one share.
 #pragma once
 
 #include <atomic>
@@ -37,6 +37,7 @@ class Console {
  private:
   struct Share {
     std::string pending;
+    std::uint64_t waiting_since = 0;  // order in which the shares got their oldest pending text
     std::uint64_t dropped_lines = 0;
     std::uint64_t dropped_bytes = 0;
   };
@@ -50,7 +51,7 @@ class Console {
   std::condition_variable work_;   // the writer waits for text
   std::condition_variable space_;  // ranks wait for room, flush() for the end
   std::map<int, Share> shares_;
-  int turn_ = 0;
+  std::uint64_t order_ = 0;
   bool writing_ = false;
   bool blocked_ = false;  // the writer did not move within kStallLimit
   bool closed_ = false;   // nobody will ever read this stream
