@@ -37,14 +37,15 @@ void Console::push(int slot, std::string_view text, std::size_t lines, const std
     total_dropped_ += lines;
     return;
   }
-  if (share.pending.empty()) share.waiting_since = order_++;
   note_dropped(slot, share);
+  if (share.pending.empty()) share.waiting_since = order_++;
   share.pending.append(text);
   work_.notify_one();
 }
 
 void Console::note_dropped(int slot, Share& share) {
   if (share.dropped_lines == 0) return;
+  if (share.pending.empty()) share.waiting_since = order_++;
   share.pending += "[launcher] local rank " + std::to_string(slot) + ": " + std::to_string(share.dropped_lines) +
                    " lines (" + std::to_string(share.dropped_bytes) +
                    " bytes) were not shown, the reader of this output is too slow; its log file has them\n";

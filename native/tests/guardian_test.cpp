@@ -177,9 +177,9 @@ void a_blocked_reader_stops_nobody() {
   CHECK(console.dropped_lines() > 0);
   CHECK(!console.flush(10ms));
   std::thread reader([&] {
-    const std::string text = read_until(pipe.ends[0], "were not shown");
+    const std::string text = read_until(pipe.ends[0], "again\n");
     CHECK(text.find("the other rank\n") != std::string::npos);
-    CHECK(text.find("local rank 0: ") != std::string::npos);
+    CHECK(text.find("local rank 0: ") != std::string::npos && text.find("were not shown") != std::string::npos);
   });
   console.push(0, "again\n", 1, patient);
   CHECK(console.flush(10s));
