@@ -9,7 +9,7 @@ import pytest
 
 # Statements that leave something at ``path``; then the rank exits with 3.
 IGNORED = {
-    "half JSON": "Path(path).write_text('{\"message\": {\"message\": \"Valu')",
+    "half JSON": 'Path(path).write_text(\'{"message": {"message": "Valu\')',
     "empty": "Path(path).write_bytes(b'')",
     "binary": "Path(path).write_bytes(bytes(range(256)))",
     "deeply nested": "Path(path).write_text('[' * 500_000)",

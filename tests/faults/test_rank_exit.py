@@ -417,21 +417,31 @@ def test_all_ranks_leaving_early_is_a_success(job, policy):
     assert job.stdout.count("finished") == 3
 
 
-def test_peers_that_fail_after_an_early_exit_are_not_the_cause(job):
-    """Row 12: rank 1 fails on its broken connection to the rank that left; the code is rank 1's, the blame is not."""
-    job.script(
-        PEERS
-        + """
+PEER_LEAVES = (
+    PEERS
+    + """
     if rank == 0:
         link.recv(1)
         wait_for_end(pid_of(1))
         link.sendall(b"gradient")
     os._exit(0)
     """
-    )
+)
+
+
+def test_peers_that_fail_after_an_early_exit_are_not_the_cause(job):
+    """Row 12: rank 0 fails on its broken connection to rank 1, which left: the code is rank 0's, the blame rank 1's."""
+    job.script(PEER_LEAVES)
     assert job.run("-n", "2", "train.py") == 1
     assert job.failure.startswith("rank 1 on algo-1 ended early with 0")
     assert list(job.failure_json["detail"]["victims"]) == ["0"]
+
+
+def test_a_lost_peer_is_a_failure_even_where_early_exits_are_accepted(job):
+    """Row 12: never 0 with a lost peer: policy ok accepts that rank 1 left, not that rank 0 failed because of it."""
+    job.script(PEER_LEAVES)
+    assert job.run("-n", "2", "--early-exit", "ok", "train.py") == 1
+    assert job.failure.startswith("rank 0 on algo-1 failed: BrokenPipeError")
 
 
 def test_a_script_that_forks_is_not_taken_for_one_that_left_early(job):

@@ -185,6 +185,15 @@ def test_sigbus_on_shared_memory_that_is_free_again(job, small_shm):
     assert "num_workers=0" in job.failure[:1024]
 
 
+@pytest.mark.root
+def test_shared_memory_is_looked_at_in_every_attempt(job, small_shm):
+    """Row 9: it had room when the first attempt failed, and has none when the second does."""
+    first = '\n    if os.environ["LAUNCHER_ATTEMPT"] == "0":\n        raise SystemExit(1)\n'
+    job.script(FILL.replace("UNLINK", "False").replace("    if os", first + "    if os", 1))
+    assert job.run("-n", "1", "--max-restarts", "1", "train.py", wrapper=small_shm) == 135
+    assert "/dev/shm is full" in job.failure[:1024]
+
+
 def test_sigbus_on_a_file_cut_short(job):
     """Row 9: a SIGBUS that has nothing to do with /dev/shm is not blamed on it."""
     job.script("""
