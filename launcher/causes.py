@@ -11,7 +11,7 @@ PEER_LOST = re.compile(
     r"Connection reset by peer|Connection closed by (?:remote )?peer|Connection refused|Broken pipe|BrokenPipeError"
     r"|ConnectionResetError|ConnectionRefusedError|ConnectionAbortedError"
     r"|remote process exited|ncclRemoteError|NCCL communicator was aborted|Watchdog caught collective operation timeout"
-    r"|Socket (?:Timeout|closed)|Broken pipe or Connection reset|failed to recv, got 0 bytes|EOFError"
+    r"|Socket (?:Timeout|closed)|Broken pipe or Connection reset|failed to recv, got 0 bytes"
     r"|recvValue failed|sendBytes failed|The client socket has (?:failed|timed out)|DistNetworkError"
 )
 
@@ -96,12 +96,15 @@ def known_cause(text: str) -> str:
     return ""
 
 
-def signal_reason(number: int, *, oom_kills: int, peak: str, shm: str, shm_full: bool, was_stopped: bool) -> str:
+def signal_reason(
+    number: int, *, oom_kills: int, peak: str, shm: str, shm_full: bool, shm_small: bool, was_stopped: bool
+) -> str:
     """What probably sent the signal, or why the kernel did.
 
     Args:
         oom_kills: kills that the cgroup counted during the attempt.
         peak, shm: the rank's peak memory and the fill of /dev/shm, in words.
+        shm_small: whether /dev/shm is so small that a job may well have filled it.
         shm_full: whether /dev/shm had no room when the rank died.
         was_stopped: whether the rank was stopped (SIGSTOP) when the launcher ended it.
     """
@@ -117,6 +120,12 @@ def signal_reason(number: int, *, oom_kills: int, peak: str, shm: str, shm_full:
             return (
                 f"/dev/shm is full ({shm}): a container's is 64 MB and cannot be raised on SageMaker; use "
                 "num_workers=0 or a loader without shared memory, or remove what fills it"
+            )
+        if shm_small:  # a loader's segments have no name: when their process is dead, the space is free again
+            return (
+                f"a page of a mapped file could not be had: /dev/shm ({shm} now) was too small (a container's is 64 MB "
+                "and cannot be raised on SageMaker; use num_workers=0 or a loader without shared memory), the file was "
+                "cut short, or its disk is full"
             )
         return (
             f"a page of a mapped file could not be had: the file was cut short, or its disk is full (/dev/shm: {shm})"

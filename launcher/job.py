@@ -174,9 +174,10 @@ def _container(
         with tempfile.TemporaryDirectory() as scratch:
             contract.make_job_tree(scratch, settings["channel"].value, {}, host="algo-1")
             facts = contract.read(scratch, environ, retry_for_s=0)
-        from launcher.record import replace
+        from launcher.record import moved
 
-        return replace(facts, paths=contract.Paths.at(base)), True
+        facts = moved(facts, os.path.abspath(scratch), os.path.abspath(base))
+        return facts, True
     contract.make_job_tree(base, settings["channel"].value, {}, host="algo-1")
     return contract.read(base, environ), True
 
@@ -192,11 +193,19 @@ def _command_line_entry(line: CommandLine, settings: dict[str, Setting], python:
         return Entry(COMMAND, _executable(script), line.script_args, os.getcwd(), python, name)
     if not os.path.exists(script):
         raise UsageError(f"no such script: {script}{suggest(script, ('train', 'plan'))}")
-    if script.endswith(".sh") and not os.access(script, os.X_OK):
+    if script.endswith(".sh") and not (os.access(script, os.X_OK) and _has_shebang(script)):
         return Entry(COMMAND, "/bin/sh", (script, *line.script_args), os.getcwd(), python, name)
     if not script.endswith((".py", ".pyc", ".pyz")) and os.path.isfile(script) and os.access(script, os.X_OK):
         return Entry(COMMAND, os.path.abspath(script), line.script_args, os.getcwd(), python, name)
     return Entry(SCRIPT, script, line.script_args, os.getcwd(), python, name)
+
+
+def _has_shebang(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) == b"#!"
+    except OSError:
+        return True  # executable but not readable: the kernel will tell
 
 
 def _executable(name: str) -> str:
@@ -288,7 +297,7 @@ def count_ranks(setting: Setting, gpus: int, neurons: int, cpus: int) -> int:
         if gpus == 0:
             raise UsageError(f"nproc_per_node (from {setting.source}) is gpu, but no GPU is visible on this host")
         return gpus
-    if text.isdigit() and int(text) > 0:
+    if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise UsageError(f"nproc_per_node (from {setting.source}) is {text!r}; expected a number above 0, auto, gpu or cpu")
 

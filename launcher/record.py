@@ -98,3 +98,17 @@ def flatten(prefix: str, value: object) -> Iterator[tuple[str, object]]:
             yield from flatten(f"{prefix}.{name}" if prefix else name, value.__dict__[name])
     else:
         yield prefix, value
+
+
+def moved(value: Any, old: str, new: str) -> Any:
+    """``value`` with the path ``old`` replaced by ``new`` in all texts that begin with it, at any depth."""
+    if isinstance(value, str):
+        inside = value == old or value.startswith((old + "/", old + ":"))
+        return new + value[len(old) :] if inside else value
+    if isinstance(value, Record):
+        return type(value)(**{name: moved(item, old, new) for name, item in value.__dict__.items()})
+    if isinstance(value, dict):
+        return {key: moved(item, old, new) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(item, old, new) for item in value)
+    return value

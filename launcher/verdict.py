@@ -72,8 +72,20 @@ class ExitRecord(Record):
         return not self.failed and self.phase is not None and self.phase != FINISHED_PHASE and not self.told_ns
 
     @property
+    def told_first(self) -> bool:
+        """Whether it failed after the launcher's signal. What a thread raised before, it had survived until then."""
+        return bool(self.told_ns) and (self.failed_ns >= self.told_ns or bool(self.thread))
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether its own exception came first, and the launcher's signal ended it in its teardown."""
+        return self.how == SIGNAL and bool(self.told_ns) and not self.told_first
+
+    @property
     def exit_code(self) -> int:
-        """The code a shell would show: its own, or 128 plus the signal."""
+        """The code a shell would show: its own, or 128 plus the signal; Python's for an exception that we cut short."""
+        if self.cut_short:
+            return 1
         return 128 + self.value if self.how == SIGNAL else self.value
 
 
@@ -95,7 +107,8 @@ class Evidence(Record):
         oom_kills: OOM kills that the cgroup counted during this attempt.
         memory_limit, memory_peak: of the cgroup, bytes; 0: no limit, unknown.
         shm_total, shm_free: /dev/shm when the first rank failed, bytes.
-        output_error: why the launcher could not write (disk full), "" when it could.
+        lost_children: helpers of ranks that were gone when the OOM kill was counted.
+        launcher_error: what went wrong in the launcher itself, "" for nothing.
     """
 
     stop_signal: int = 0
@@ -149,19 +162,23 @@ def judge(records: Sequence[ExitRecord], evidence: Evidence, program: str = "") 
     if evidence.launcher_error:
         return _finish("launcher", errors.EXIT_INTERNAL, evidence.launcher_error, None, {}, ordered, evidence, program)
     victims = _victims(ordered)
-    culprit = _culprit(ordered, victims)
+    culprit = _culprit(ordered, victims, evidence)
     if evidence.hang and (culprit is None or culprit.rank in victims):
         suspect = next((record for record in ordered if record.rank == evidence.hang_rank), None)
         return _finish("hang", errors.EXIT_HANG, evidence.hang, suspect, victims, ordered, evidence, program)
-    if culprit is not None and culprit.failed and not evidence.stop_signal:
+    if culprit is not None and (not evidence.stop_signal or culprit.rank not in victims):
         headline = f"{_name(culprit)} {_what(culprit, evidence)}"
         return _finish("rank", culprit.exit_code or 1, headline, culprit, victims, ordered, evidence, program)
     early = [record for record in ordered if record.left_early]
-    others_finished = any(not record.left_early for record in ordered)
-    if early and others_finished and not evidence.early_exit_ok and not evidence.stop_signal:
+    # The last one to leave deserted nobody; and when all leave so, it is the script's way to end.
+    deserted = any(not other.left_early and other.ended_ns > record.ended_ns for record in early for other in ordered)
+    if early and deserted and not evidence.early_exit_ok and not evidence.stop_signal:
         return _early_exit(early, victims, ordered, evidence, program)
     if evidence.stop_signal and any(record.failed for record in ordered):
         return _stopped(ordered, victims, evidence, program)
+    if not ordered or any(record.failed for record in ordered):
+        what = "the ranks were stopped, and nothing says why" if ordered else "no rank was started"
+        return _finish("launcher", errors.EXIT_INTERNAL, what, None, victims, ordered, evidence, program)
     return Verdict("success", 0, f"all {len(ordered)} ranks ended with 0", records=ordered, evidence=evidence)
 
 
@@ -171,7 +188,7 @@ def _victims(records: Sequence[ExitRecord]) -> dict[int, str]:
     for record in records:
         if not record.failed:
             continue
-        if record.told_ns and record.failed_ns >= record.told_ns:
+        if record.told_first:
             how = f"{_signal_name(record.value)}" if record.how == SIGNAL else f"code {record.value}"
             victims[record.rank] = f"stopped by the launcher ({how})"
         elif PEER_LOST.search(record.message) or (not record.message and PEER_LOST.search(record.stderr_tail)):
@@ -179,14 +196,14 @@ def _victims(records: Sequence[ExitRecord]) -> dict[int, str]:
     return victims
 
 
-def _culprit(records: Sequence[ExitRecord], victims: dict[int, str]) -> ExitRecord | None:
+def _culprit(records: Sequence[ExitRecord], victims: dict[int, str], evidence: Evidence) -> ExitRecord | None:
     """The earliest failure that is not a victim's; else a rank that left early; else the earliest failure at all."""
     by_time = sorted((record for record in records if record.failed), key=lambda record: record.failed_ns)
     for record in by_time:
         if record.rank not in victims:
             return record
-    untold = [record for record in by_time if not record.told_ns or record.failed_ns < record.told_ns]
-    if any(record.left_early for record in records):
+    untold = [record for record in by_time if not record.told_first]
+    if any(record.left_early for record in records) and not evidence.early_exit_ok:
         return None
     return untold[0] if untold else None
 
@@ -249,7 +266,7 @@ def _gib(size: float) -> str:
 
 def _what(record: ExitRecord, evidence: Evidence) -> str:
     """What the culprit did, to follow its name in a sentence."""
-    by_signal = record.how == SIGNAL
+    by_signal = record.how == SIGNAL and not record.cut_short
     name = _signal_name(record.value) if by_signal else ""
     if by_signal and record.value == signal.SIGKILL and evidence.oom_kills:
         limit = f" of limit {_gib(evidence.memory_limit)}" if evidence.memory_limit else ""
@@ -265,15 +282,25 @@ def _what(record: ExitRecord, evidence: Evidence) -> str:
     if by_signal:
         return f"was killed by {name}" + (f": {_first_line(record)}" if record.message else "")
     if record.message:
-        return f"failed: {_first_line(record)} (exit code {record.value})"
+        return f"failed: {_first_line(record)} (exit code {record.exit_code})"
     last = _last_line(record.stderr_tail)
     return f"exited with code {record.value}" + (f": {last}" if last else "")
 
 
 def _first_line(record: ExitRecord) -> str:
-    text = record.message.strip() or f"exit code {record.exit_code}"
-    line = text.splitlines()[0]
-    return line if len(line) <= 300 else line[:297] + "..."
+    """The message in one line: its first, and its last, where libraries put the reason."""
+    lines = [line.strip() for line in record.message.splitlines() if line.strip()]
+    if not lines:
+        return f"exit code {record.exit_code}"
+    if len(lines) == 1:
+        return _cut(lines[0], 300)
+    if lines[0].startswith('File "'):  # a syntax error: Python puts the place before the error
+        return f"{_cut(lines[-1], 200)} ({_cut(lines[0], 200)})"
+    return f"{_cut(lines[0], 200)} [...] {_cut(lines[-1], 200)}"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _last_line(text: str) -> str:
@@ -351,22 +378,32 @@ def _outcomes(records: Sequence[ExitRecord], culprit: ExitRecord | None, victims
 
 def _reason(record: ExitRecord, evidence: Evidence) -> str:
     """Likely cause and advice, "" when nothing is known beyond what the headline says."""
-    if record.how == SIGNAL:
+    if record.how == SIGNAL and not record.cut_short:
         return signal_reason(
             record.value,
             oom_kills=evidence.oom_kills,
             peak=f"peak RSS {_gib(record.max_rss_kib * 1024)}",
             shm=f"{_gib(evidence.shm_free)} of {_gib(evidence.shm_total)} free",
+            shm_small=0 < evidence.shm_total < 2**30,
             shm_full=bool(evidence.shm_total) and evidence.shm_free < max(2**20, evidence.shm_total // 50),
             was_stopped=record.was_stopped,
         )
-    return known_cause(record.message + "\n" + record.stderr_tail)
+    known = known_cause(record.message + "\n" + record.stderr_tail)
+    if evidence.oom_kills and not any(child.rank == record.rank for child in evidence.lost_children):
+        oom = f"the kernel killed a process at the memory limit meanwhile (cgroup oom_kill +{evidence.oom_kills})"
+        return f"{oom}; {known}" if known else oom
+    return known
 
 
+_CURRENT = re.compile(r"^Current thread 0x.*", re.MULTILINE)
 _FATAL = re.compile(r"^Fatal Python error: .*", re.MULTILINE)
 
 
 def _fatal_stack(stderr: str) -> str:
-    """What faulthandler wrote, most recent call first."""
+    """What faulthandler wrote, most recent call first; of many threads the one that crashed."""
     found = _FATAL.search(stderr)
-    return "\n".join(stderr[found.start() :].splitlines()[:30]) if found else ""
+    if not found:
+        return ""
+    current = _CURRENT.search(stderr, found.end())
+    stack = stderr[current.start() :].partition("\n\n")[0] if current else stderr[found.end() :].lstrip("\n")
+    return "\n".join([found.group(), *stack.splitlines()[:30]])

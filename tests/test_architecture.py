@@ -101,7 +101,13 @@ ALLOWED: dict[str, set[str]] = {
     "launcher.engines": {"launcher.record", "launcher.errors", "launcher.topology"},
     "launcher.supervisor": {"launcher.errors", "launcher.record", "launcher.verdict", "launcher._native"},
     "launcher.rank": {"launcher.errors", "launcher.record", "launcher._native"},
-    "launcher.job": {"launcher.container", "launcher.errors", "launcher.options", "launcher.record", "launcher.topology"},
+    "launcher.job": {
+        "launcher.container",
+        "launcher.errors",
+        "launcher.options",
+        "launcher.record",
+        "launcher.topology",
+    },
     "launcher.plan": {"launcher.container", "launcher.record", "launcher.run"},
 }
 
@@ -160,13 +166,14 @@ Attempt.start = stop
 from launcher.cli import main
 main({arguments!r})
 """
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("LAUNCHER_", "PYTHON", "SAGE"))}
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LAUNCHER_", "PYTHON", "SAGE"))
+    }
     done = subprocess.run(
         [sys.executable, "-S", "-c", program],
         cwd=directory,
         env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )

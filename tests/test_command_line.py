@@ -1,4 +1,4 @@
-"""The command line: what is the launcher's, what is the script's, where a setting comes from, and how a mistake reads."""
+"""The command line: what is the launcher's and what the script's, where a setting comes from, how a mistake reads."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_module_in_the_working_directory(job: Any) -> None:
 
 def test_package_with_a_main(job: Any) -> None:
     job.script("VALUE = 4", "kit/__init__.py")
-    job.script("from . import VALUE\nfrom kit.sub import deep\nprint('VALUE', VALUE, deep, __package__)", "kit/__main__.py")
+    job.script(
+        "from . import VALUE\nfrom kit.sub import deep\nprint('VALUE', VALUE, deep, __package__)", "kit/__main__.py"
+    )
     job.script("deep = 'deep'", "kit/sub.py")
     assert job.run("--module", "kit") == 0, job.output()
     assert "VALUE 4 deep kit" in job.stdout
@@ -306,7 +308,14 @@ def test_unknown_variable_of_ours_is_named(job: Any) -> None:
 
 def test_options_of_torchrun_without_effect_are_said(job: Any) -> None:
     job.script(SHOW)
-    arguments = ("--rdzv-backend", "c10d", "--rdzv_endpoint=localhost:0", "--monitor-interval", "5", "--start-method=spawn")
+    arguments = (
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv_endpoint=localhost:0",
+        "--monitor-interval",
+        "5",
+        "--start-method=spawn",
+    )
     assert job.run("--nnodes=1", "--node-rank=0", *arguments, "train.py", "x") == 0, job.output()
     assert seen(job)["argv"] == ["train.py", "x"]
     for option in ("--rdzv-backend", "--rdzv_endpoint", "--monitor-interval", "--start-method"):

@@ -13,7 +13,8 @@ import pytest
 
 SHOW = """
     import json, os, sys
-    print("SEEN " + json.dumps({"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "path": sys.path}), flush=True)
+    seen = {"argv": sys.argv, "env": dict(os.environ), "cwd": os.getcwd(), "path": sys.path}
+    print("SEEN " + json.dumps(seen), flush=True)
 """
 
 

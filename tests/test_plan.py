@@ -153,6 +153,6 @@ def test_reader_that_leaves(job: Any) -> None:
     command = 'exec 3>&1; "$0" -m launcher plan train.py 2>&1 >&3 | cat >&2'
     import sys
 
-    assert job.run(command=("/bin/sh", "-c", f'({command}) | head -1', sys.executable), own_tree=False) == 0
+    assert job.run(command=("/bin/sh", "-c", f"({command}) | head -1", sys.executable), own_tree=False) == 0
     assert len(job.stdout.splitlines()) == 1
     assert "Traceback" not in job.stderr and "Error" not in job.stderr

@@ -14,7 +14,7 @@ import pytest
 import launcher
 from launcher._native import StatusPage
 from launcher.rank import status
-from launcher.supervisor import records, watch
+from launcher.supervisor import pages, watch
 
 PACKAGE = Path(launcher.__file__).parent
 
@@ -32,7 +32,7 @@ def shim() -> ModuleType:
 @pytest.fixture
 def page(tmp_path: Path) -> str:
     path = str(tmp_path / "status")
-    records.make_status_page(path, 7)
+    pages.make_status_page(path, 7)
     return path
 
 
@@ -43,8 +43,8 @@ def test_constants_agree(shim: ModuleType) -> None:
         status.STARTED_NS_OFFSET,
     )
     assert (shim.RUNNING, shim.FINISHED, shim.FAILED) == (status.RUNNING, status.FINISHED, status.FAILED)
-    assert records._PHASE_OFFSET == status.PHASE_OFFSET
-    assert records._PAGE_BYTES == status.PAGE_SIZE
+    assert pages._PHASE_OFFSET == status.PHASE_OFFSET
+    assert pages._PAGE_BYTES == status.PAGE_SIZE
     assert watch._RUNNING_PHASE == status.RUNNING
     from launcher import verdict
 
@@ -71,7 +71,7 @@ def test_supervisor_reads_what_native_writes(page: str) -> None:
     mapped.step(41, 1000)
     for phase in range(5):
         mapped.phase = phase
-        assert records.read_page(page) == (phase, 41)
+        assert pages.read_page(page) == (phase, 41)
     assert watch._collective(page) == (0, 0)
     assert mapped.enter_collective("allreduce", 64) == 1
     sequence, entered_ns = watch._collective(page)
@@ -109,11 +109,11 @@ def test_header_documents_the_offsets_that_are_used() -> None:
         pytest.skip("needs the source tree")
     found = dict(re.findall(r"offsetof\(StatusLayout, (\w+)\) == (\d+)", header.read_text()))
     used = {
-        "rank": records._RANK_OFFSET,
+        "rank": pages._RANK_OFFSET,
         "pid": status.PID_OFFSET,
-        "phase": records._PHASE_OFFSET,
+        "phase": pages._PHASE_OFFSET,
         "started_ns": status.STARTED_NS_OFFSET,
-        "step": records._STEP_OFFSET,
+        "step": pages._STEP_OFFSET,
         "collective_seq": watch._COLLECTIVE_SEQ,
         "collective_enter_ns": watch._COLLECTIVE_ENTER,
     }
@@ -123,8 +123,8 @@ def test_header_documents_the_offsets_that_are_used() -> None:
 @pytest.mark.parametrize("content", [b"", b"LNCHPAGE", b"\0" * 4096, b"NOTAPAGE" + b"\0" * 4088])
 def test_a_torn_page_is_no_page(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "status").write_bytes(content)
-    assert records.read_page(str(tmp_path / "status")) is None
-    assert records.read_page(str(tmp_path / "gone")) is None
+    assert pages.read_page(str(tmp_path / "status")) is None
+    assert pages.read_page(str(tmp_path / "gone")) is None
 
 
 def test_layout_is_little_endian(page: str) -> None:

@@ -66,7 +66,15 @@ def test_sockets_are_not_mixed_where_the_count_allows() -> None:
 
 @pytest.mark.parametrize(
     ("allowed", "quota", "ranks", "threads"),
-    [(8, None, 1, 8), (8, None, 3, 2), (2, None, 4, 1), (64, 4.0, 2, 2), (64, 0.5, 2, 1), (4, 64.0, 2, 2), (8, 3.5, 2, 2)],
+    [
+        (8, None, 1, 8),
+        (8, None, 3, 2),
+        (2, None, 4, 1),
+        (64, 4.0, 2, 2),
+        (64, 0.5, 2, 1),
+        (4, 64.0, 2, 2),
+        (8, 3.5, 2, 2),
+    ],
 )
 def test_threads_for(allowed: int, quota: float | None, ranks: int, threads: int) -> None:
     assert threads_for(allowed, quota, ranks) == threads

@@ -84,6 +84,7 @@ def launch_of(
     if entry.kind == "call":
         environ["LAUNCHER_RESULT"] = os.path.join(directory, "result")
     environ.setdefault("OMP_NUM_THREADS", str(topology.threads_per_rank))
+    environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
     environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     if virtual_local_rank:
         visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -91,7 +92,7 @@ def launch_of(
         environ["CUDA_VISIBLE_DEVICES"] = devices[place.local_rank]
         environ["LOCAL_RANK"] = "0"
     # torchrun replaces this macro in arguments.
-    args = tuple(arg.replace("${local_rank}", environ["LOCAL_RANK"]) for arg in entry.args)
+    args = tuple(arg.replace("${local_rank}", str(place.local_rank)) for arg in entry.args)
     argv = (entry.target, *args) if not booted else (entry.python, "-u", BOOT, entry.kind, entry.target, *args)
     return RankLaunch(
         rank=place.rank,

@@ -59,6 +59,12 @@ def run(namespace: dict[str, Any]) -> None:
         spec.loader.exec_module(zygote)
         sys.argv = zygote.serve(sys.argv[2:])  # returns in each forked rank, with that rank's argv
         kind = sys.argv[1]
+        # The zygote froze what it had, this namespace too: left in it, the script's objects would never be deleted at
+        # the end, nor files that it did not close be written.
+        main = type(sys)("__main__")
+        main.__dict__.update(namespace)
+        sys.modules["__main__"], namespace = main, main.__dict__
+        del main
     target, sys.argv = sys.argv[2], sys.argv[2:]
     attach()
     try:
@@ -100,6 +106,7 @@ def attach() -> None:
     except (OSError, RuntimeError, ValueError, AttributeError) as error:
         # stderr closed, or replaced by something without a descriptor: the script must still run.
         print(f"[launcher] no stack dumps from this rank: {error}", file=sys.__stderr__)
+    os.execv, os.execve = _exec_hook(os.execv), _exec_hook(os.execve)
     # threading takes its default hook from here when it is imported, which the script may never do.
     _thread._excepthook = _thread_hook(_thread._excepthook)
 
@@ -140,6 +147,22 @@ def _thread_hook(original: Any) -> Any:
         original(args)
         if os.getpid() == _pid and args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
             record(args.exc_value, args.thread.name if args.thread is not None else "unknown thread")
+
+    return hook
+
+
+def _exec_hook(original: Any) -> Any:
+    """What becomes another program has left its script well: nothing is known of how that program ends but its code.
+
+    All of os.exec* call these two; subprocess does not.
+    """
+
+    def hook(*args: Any, **named: Any) -> None:
+        _mark(FINISHED)
+        try:
+            original(*args, **named)
+        finally:
+            _mark(RUNNING)  # it could not be started
 
     return hook
 

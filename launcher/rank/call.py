@@ -77,6 +77,17 @@ def run_call(path: str) -> None:
 
 
 def load_result(path: str) -> Any:
-    """What the rank returned. Raises FileNotFoundError when it did not."""
-    with open(path, "rb") as file:
-        return pickle.load(file)
+    """What the rank returned; None when it left without returning (``early_exit="ok"``)."""
+    # The ranks ran the caller's script under this name, so its classes come back under it.
+    before = sys.modules.get("__mp_main__")
+    sys.modules["__mp_main__"] = sys.modules["__main__"]
+    try:
+        with open(path, "rb") as file:
+            return pickle.load(file)
+    except FileNotFoundError:
+        return None
+    finally:
+        if before is None:
+            del sys.modules["__mp_main__"]
+        else:
+            sys.modules["__mp_main__"] = before

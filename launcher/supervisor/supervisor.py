@@ -40,6 +40,7 @@ class Supervisor:
         self._history: list[tuple[int, float]] = []
         self._old_handlers: dict[int, Any] = {}
         self._wake_read = self._wake_write = -1
+        self._is_subreaper = False
 
     def say(self, text: str) -> None:
         """Shows a line of the launcher's own, in order with the ranks' output. Never waits for a reader."""
@@ -72,9 +73,14 @@ class Supervisor:
             self.guardian.read()
         self.guardian.close()
         self.guardian.status()
+        if self._is_subreaper:
+            from launcher._native import set_child_subreaper
+
+            set_child_subreaper(False)  # the calling process goes on, and orphans that come later are not ours
 
     def _start(self, number: int) -> Attempt:
         attempt = Attempt(number, self.plan, self.guardian, self.say)
+        self._shm = (0, 0)
         attempt.on_first_failure = self._note_shared_memory
         zygote: list[str] = []
         if self.plan.preload and number == 0:
@@ -102,6 +108,7 @@ class Supervisor:
             from launcher._native import set_child_subreaper, set_parent_death_signal
 
             set_child_subreaper(True)  # should the guardian be killed, its orphans are ours
+            self._is_subreaper = True
             if self.plan.follow_parent:
                 set_parent_death_signal(SIGTERM)
 

@@ -267,7 +267,7 @@ void orphans_are_found_and_killed() {
   ::prctl(PR_SET_CHILD_SUBREAPER, 1);
   Pipe output;
   // The shell ends at once and leaves a grandchild in a session of its own.
-  const SpawnResult child = spawn(shell("setsid sh -c 'echo ready; sleep 600' & wait_for=1; exit 0", output));
+  const SpawnResult child = spawn(shell("setsid sh -c 'echo ready; exec sleep 600' & exit 0", output));
   CHECK(child.pid > 0 && ::waitpid(child.pid, nullptr, 0) == child.pid);
   read_until(output.ends[0], "ready\n");
   CHECK(!has_no_children(0));

@@ -66,6 +66,34 @@ def test_exit_code_of_a_shell_script_is_kept(job):
     assert job.failure.startswith("rank 1 on algo-1 exited with code 9: broken")
 
 
+def test_a_stop_that_comes_after_the_failure_does_not_hide_it(job):
+    """Row 1: the platform stops the job while it is being ended because of rank 1: still rank 1, still its code."""
+    job.script("""
+        import os, signal, sys, time
+
+        def on_term(number, frame):
+            with open("told", "w") as file:
+                file.write("x")
+
+        if os.environ["RANK"] == "0":
+            signal.signal(signal.SIGTERM, on_term)
+            open("ready", "w").close()
+        while not os.path.exists("ready"):
+            time.sleep(0.01)
+        if os.environ["RANK"] == "1":
+            sys.exit(3)
+        while not os.path.exists("go"):
+            time.sleep(0.01)
+    """)
+    job.start("-n", "2", "train.py")
+    job.wait_for_file("told")
+    job.process.send_signal(signal.SIGTERM)
+    job.wait_for_line("signal 15", stream="stderr")
+    (job.directory / "go").write_text("x")
+    assert job.wait() == 3
+    assert job.failure.startswith("rank 1 on algo-1 exited with code 3")
+
+
 # ---- row 2: exceptions
 
 
@@ -343,11 +371,10 @@ def test_a_killed_rank_is_the_cause_of_its_peers_connection_error(job):
         + """
     if rank == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher may be faster than this rank's own error
-        link.sendall(b"never read")  # unread data makes the end of the peer a reset
-        link.recv(1)
+        link.sendall(b"1, and bytes that are never read")  # which make the end of the peer a reset
         link.recv(1)
         raise SystemExit("the receive did not fail")
-    link.sendall(b"1")
+    link.recv(1)
     os.kill(os.getpid(), signal.SIGKILL)
     """
     )
@@ -457,6 +484,42 @@ def test_a_script_that_forks_is_not_taken_for_one_that_left_early(job):
     """)
     assert job.run("-n", "2", "train.py") == 0
     assert job.stdout.count("finished") == 2
+
+
+@pytest.mark.parametrize("policy", ["wait", "abort"])
+def test_a_script_that_becomes_another_program_has_not_left_early(job, policy):
+    """Row 12: rank 0 is replaced (exec) by a program that ends with 0; that program's end is no early exit."""
+    job.script("""
+        import os, time
+        if os.environ["RANK"] == "0":
+            try:
+                os.execvp("no-such-program", ["no-such-program"])
+            except FileNotFoundError:
+                os.execvp("sh", ["sh", "-c", "echo $$ >pid-0"])
+        while not os.path.exists("go"):
+            time.sleep(0.01)
+        print("finished")
+    """)
+    job.start("-n", "2", "--early-exit", policy, "train.py")
+    job.wait_for_file("pid-0")
+    (job.directory / "go").write_text("x")
+    assert job.wait() == 0, job.output()
+    assert "ended early" not in job.stderr
+    assert job.stdout.count("finished") == 1
+
+
+def test_a_failed_exec_leaves_the_script_where_it_was(job):
+    """Row 12: a rank that leaves early after a failed exec has still left early."""
+    job.script("""
+        import os
+        if os.environ["RANK"] == "0":
+            try:
+                os.execv("/no-such-program", ["no-such-program"])
+            except FileNotFoundError:
+                os._exit(0)
+    """)
+    assert job.run("-n", "2", "train.py") == 1
+    assert job.failure.startswith("rank 0 on algo-1 ended early with 0")
 
 
 # ---- row 13: ranks that end apart

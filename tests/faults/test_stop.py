@@ -186,6 +186,26 @@ def test_grace_is_kept_after_a_failure(job):
     assert "grace period over: killing rank 1" in job.stderr
 
 
+def test_culprit_that_is_cut_short_in_its_teardown_keeps_its_failure(job):
+    """Row 20: a rank whose exception is on record hangs in its teardown until the launcher ends it, on account of
+    another rank that failed later. Exit code and text are those of its exception, not of the launcher's signal."""
+    job.script("""
+        import atexit, os, time
+        from pathlib import Path
+        def hang():
+            Path("raised").write_text("first")
+            time.sleep(600)
+        if os.environ["RANK"] == "1":
+            atexit.register(hang)
+            raise ValueError("first")
+        while not os.path.exists("raised"):
+            time.sleep(0.01)
+        raise RuntimeError("second")
+    """)
+    assert job.run("-n", "2", "train.py") == 1, job.output()
+    assert job.failure.startswith("rank 1 on algo-1 failed: ValueError: first")
+
+
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "TERM"), (signal.SIGINT, 130, "INT")])
 def test_second_signal_kills_at_once(job, number, code, word):
     """Row 21: SIGTERM or Ctrl-C twice does not wait for the grace of ten minutes, and the failure is still written."""
