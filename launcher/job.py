@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 # Kinds of entry point. `call` and `function` are made by the library and by SAGEMAKER_TRAINING_MODULE.
 SCRIPT, MODULE, COMMAND, FUNCTION, CALL = "script", "module", "command", "function", "call"
 
+# Variables of ours that are no settings: what ranks are given (seen by a launcher that runs inside a rank).
+_OWN_VARIABLES = (
+    "LAUNCHER_ATTEMPT",
+    "LAUNCHER_CHECKPOINT_DIR",
+    "LAUNCHER_GUARDIAN",
+    "LAUNCHER_JOB_ID",
+    "LAUNCHER_RESULT",
+    "LAUNCHER_RUN_DIR",
+    "LAUNCHER_STATUS_PAGE",
+    "LAUNCHER_STOP_DEADLINE",
+)
+
 
 class Setting(Record):
     """A value and the source that won."""
@@ -71,6 +83,10 @@ def resolve(
     """
     given = dict(line.given)
     cli = {name: convert(BY_NAME[name], raw, _spelled(name)) for name, raw in given.items()}
+    for name in environ:
+        if name.startswith("LAUNCHER_") and name[9:].lower() not in BY_NAME and name not in _OWN_VARIABLES:
+            known = ["LAUNCHER_" + option.upper() for option in BY_NAME]
+            log(f"environment variable {name} is not a setting, and has no effect{suggest(name, known)}")
     yaml_file, yaml = _read_yaml(cli, environ)
     early = _settle(cli, environ, {}, yaml, yaml_file)
     run_id = early["rdzv_id"].value or environ.get("TRAINING_JOB_NAME") or _fresh_id()

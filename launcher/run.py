@@ -105,8 +105,8 @@ def execute(prepared: Prepared, handle_signals: bool = True) -> Verdict:
         verdict = supervisor.run()
         _conclude(prepared, verdict, stale, supervisor.say)
     finally:
-        if reserved[1] is not None:
-            reserved[1].close()
+        for held in reserved[1]:
+            held.close()
         supervisor.close()
     return verdict
 
@@ -130,6 +130,8 @@ def report_error(error: LauncherError, paths: Paths | None) -> None:
 
 def _rendezvous(spec: JobSpec, topology: Topology) -> engine.Rendezvous:
     several = len(topology.hosts) > 1
+    if spec["master_port"] > 65535:
+        raise UsageError(f"master_port is {spec['master_port']}; expected a port, 0 to 65535")
     address = spec["master_addr"] or (topology.hosts[0] if several else "127.0.0.1")
     return engine.Rendezvous(address, spec["master_port"] or (engine.DEFAULT_PORT if several else 0))
 
@@ -212,26 +214,31 @@ def _displays(spec: JobSpec, topology: Topology) -> tuple[Display, ...]:
     return tuple(displays)
 
 
-def _reserve_port(rendezvous: engine.Rendezvous, topology: Topology) -> tuple[int, Any, tuple[str, ...]]:
+def _reserve_port(rendezvous: engine.Rendezvous, topology: Topology) -> tuple[int, tuple[Any, ...], tuple[str, ...]]:
     """The port for rank 0, a socket that keeps others from being given it, and lines to say.
 
     The socket is bound with SO_REUSEADDR and never listens, so that rank 0's listener, which sets SO_REUSEADDR as
     every server does, can share the address; no ephemeral port search of another process will choose it meanwhile.
     """
     if len(topology.hosts) > 1:
-        return rendezvous.port, None, ()  # the first host alone could tell; a port they all know is used
+        return rendezvous.port, (), ()  # the first host alone could tell; a port they all know is used
     import _socket  # the socket module costs 6 ms of start-up (selectors, enum); only its C part is needed here
 
+    # A second launcher may ask for the same port before rank 0 of the first listens on it. A name in the abstract
+    # namespace (of this network namespace, like the port) tells; it goes away with the descriptor.
+    claim = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     holder = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     holder.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
     try:
+        if rendezvous.port:
+            claim.bind(f"\0launcher-master-port-{rendezvous.port}")
         holder.bind(("0.0.0.0", rendezvous.port))  # only bound: nothing ever listens on it
     except OSError as error:
         # The ranks learn the port from us, so another one serves as well.
         holder.bind(("0.0.0.0", 0))
         port = holder.getsockname()[1]
-        return port, holder, (f"MASTER_PORT {rendezvous.port} cannot be had ({error.strerror}); using {port}",)
-    return holder.getsockname()[1], holder, ()
+        return port, (holder, claim), (f"MASTER_PORT {rendezvous.port} cannot be had ({error.strerror}); using {port}",)
+    return holder.getsockname()[1], (holder, claim), ()
 
 
 def _with_port(prepared: Prepared, port: int) -> Prepared:

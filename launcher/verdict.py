@@ -102,7 +102,7 @@ class Evidence(Record):
     """What the host knows beside the ranks' ends.
 
     Attributes:
-        stop_signal: the signal that asked the job to stop; 0: none.
+        stop_signal: the signal that asked the job to stop; 0: none. forced: a second one ended the grace.
         hang: what the hang watch found, "" for no hang; hang_rank: the rank it suspects.
         oom_kills: OOM kills that the cgroup counted during this attempt.
         memory_limit, memory_peak: of the cgroup, bytes; 0: no limit, unknown.
@@ -112,6 +112,7 @@ class Evidence(Record):
     """
 
     stop_signal: int = 0
+    forced: bool = False
     hang: str = ""
     hang_rank: int | None = None
     oom_kills: int = 0
@@ -190,7 +191,8 @@ def _victims(records: Sequence[ExitRecord]) -> dict[int, str]:
             continue
         if record.told_first:
             how = f"{_signal_name(record.value)}" if record.how == SIGNAL else f"code {record.value}"
-            victims[record.rank] = f"stopped by the launcher ({how})"
+            was = "; until then SIGSTOP had held it" if record.was_stopped else ""
+            victims[record.rank] = f"stopped by the launcher ({how}){was}"
         elif PEER_LOST.search(record.message) or (not record.message and PEER_LOST.search(record.stderr_tail)):
             victims[record.rank] = "lost its connection to another rank"
     return victims
@@ -230,7 +232,8 @@ def _stopped(records: tuple[ExitRecord, ...], victims: dict[int, str], evidence:
     late = [record.rank for record in records if record.how == SIGNAL and record.value == signal.SIGKILL]
     headline = f"stopped by {name}"
     if late:
-        headline += f"; killed at the end of the grace period: rank {', '.join(map(str, late))}"
+        when = "by a second signal" if evidence.forced else "at the end of the grace period"
+        headline += f"; killed {when}: rank {', '.join(map(str, late))}"
     return _finish("stopped", 128 + evidence.stop_signal, headline, None, victims, records, evidence, program)
 
 
@@ -373,7 +376,7 @@ def _outcomes(records: Sequence[ExitRecord], culprit: ExitRecord | None, victims
         )
         if count > 0
     ]
-    return f"of the other {len(others)} ranks " + ", ".join(parts)
+    return f"of {'' if culprit is None else 'the other '}{len(others)} ranks " + ", ".join(parts)
 
 
 def _reason(record: ExitRecord, evidence: Evidence) -> str:

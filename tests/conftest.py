@@ -60,7 +60,7 @@ class Job:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.base = directory / "opt-ml"
-        self.token = f"LAUNCHER_TEST_TOKEN={directory.name}-{os.getpid()}-{id(self)}"
+        self.token = f"JOB_UNDER_TEST={directory.name}-{os.getpid()}-{id(self)}"
         self.process: subprocess.Popen[bytes] | None = None
         self.stdout_path = directory / "stdout"
         self.stderr_path = directory / "stderr"
@@ -123,13 +123,10 @@ class Job:
             head += ["--base-dir" if (self.base / "input" / "config").is_dir() else "--job-dir", str(self.base)]
         popen.setdefault("cwd", self.directory)
         popen.setdefault("stdin", subprocess.DEVNULL)
-        popen.setdefault("stdout", self.stdout_path.open("wb"))
-        popen.setdefault("stderr", self.stderr_path.open("wb"))
         full = [*map(str, wrapper), *map(str, command), *head, *words]
-        self.process = subprocess.Popen(full, env=self.environ(env), **popen)
-        for stream in ("stdout", "stderr"):
-            if hasattr(popen[stream], "close"):
-                popen[stream].close()
+        with self.stdout_path.open("wb") as stdout, self.stderr_path.open("wb") as stderr:
+            popen = {"stdout": stdout, "stderr": stderr, **popen}
+            self.process = subprocess.Popen(full, env=self.environ(env), **popen)
         return self
 
     def wait(self, deadline_s: float = DEADLINE_S) -> int:

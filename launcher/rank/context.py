@@ -62,6 +62,7 @@ class Context:
         self._deadline_file = environ.get("LAUNCHER_STOP_DEADLINE", "")
         self._stop_signal = 0
         self._watches_signal = False
+        self._handles_signal = False
         self._page = _open_page(environ.get("LAUNCHER_STATUS_PAGE", ""))
 
     def step(self, samples: int = 0) -> int:
@@ -88,10 +89,13 @@ class Context:
             try:
                 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                     signal.signal(signal.SIGTERM, self._on_sigterm)
+                    self._handles_signal = True
             except ValueError:
                 # Only the main thread can set a handler; the deadline file still tells.
                 print("[launcher] stop_requested was first read outside the main thread", file=sys.stderr)
-        return bool(self._stop_signal) or self.stop_deadline is not None
+        # The deadline is told just before the signal. A script that left on the file alone could meet the signal in the
+        # interpreter's teardown, where its handler is gone, and so die of it.
+        return bool(self._stop_signal) or (not self._handles_signal and self.stop_deadline is not None)
 
     @property
     def stop_deadline(self) -> float | None:

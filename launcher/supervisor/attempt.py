@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 
+from launcher.errors import OutputError
 from launcher.record import replace
 from launcher.supervisor.guardian import ALL_RANKS, ZYGOTE, Event, Guardian, spawn_fields
 from launcher.supervisor.pages import make_status_page
@@ -53,8 +54,13 @@ class Attempt:
     def start(self, zygote: list[str]) -> None:
         """Makes the log tree and starts the ranks, forked by the zygote if its command is given."""
         for launch in self.launches.values():
-            os.makedirs(os.path.dirname(launch.status_page), mode=0o700, exist_ok=True)
-            make_status_page(launch.status_page, launch.rank)
+            try:
+                os.makedirs(os.path.dirname(launch.status_page), mode=0o700, exist_ok=True)
+                make_status_page(launch.status_page, launch.rank)
+            except OSError as error:
+                raise OutputError(
+                    f"cannot write in the run directory {self.plan.run_dir}: {error.strerror}; give another --log-dir"
+                ) from error
         if zygote:
             # CUDA cannot be used after fork(): ranks see GPUs, the process that imports for them does not need to.
             environ = next(iter(self.launches.values())).environ

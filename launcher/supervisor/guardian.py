@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 ALL_RANKS = -2
 ZYGOTE = -1
 _MAX_FRAME = 16 * 1024 * 1024
+_NO_FILES = "the limit of open files is reached: ulimit -n"
+# By errno. EINVAL comes from F_DUPFD with a floor at or above the limit.
+_ADVICE = {
+    11: "the limit of processes is reached: ulimit -u, or the pids cgroup",
+    22: _NO_FILES,
+    24: _NO_FILES,
+}
 
 
 class Event(Record):
@@ -55,21 +62,22 @@ class Guardian:
     """
 
     def __init__(self, cap_bytes: int, raw: bool) -> None:
-        command_read, self._commands = os.pipe()
-        self._events, event_write = os.pipe()
-        # Away from 3 and 4, where the guardian gets its ends (a closed stdin would make the pipes start at 0).
         path = executable()
-        actions = [
-            (os.POSIX_SPAWN_DUP2, _above(command_read, 10), 3),
-            (os.POSIX_SPAWN_DUP2, _above(event_write, 10), 4),
-        ]
+        opened: list[int] = []
         try:
+            command_read, self._commands = _pipe(opened)
+            self._events, event_write = _pipe(opened)
+            # Away from 3 and 4, where the guardian gets its ends (a closed stdin would make the pipes start at 0).
+            ends = [_above(end, 5, opened) for end in (command_read, event_write)]
+            actions = [(os.POSIX_SPAWN_DUP2, end, number) for end, number in zip(ends, (3, 4), strict=True)]
             self.pid = os.posix_spawn(path, [path, "3", "4", str(os.getpid())], os.environ, file_actions=actions)
         except OSError as error:
-            raise InternalError(f"cannot start {path}: {error.strerror}; reinstall the launcher package") from error
-        finally:
-            for action in actions:
-                os.close(action[1])
+            for fd in opened:
+                os.close(fd)
+            advice = _ADVICE.get(error.errno or 0, "reinstall the launcher package")
+            raise InternalError(f"cannot start {path}: {error.strerror}; {advice}") from error
+        for end in ends:
+            os.close(end)
         self._buffer = b""
         self._status: int | None = None
         self.closed = False
@@ -155,10 +163,17 @@ def _encode(field: object) -> bytes:
     return os.fsencode(str(field)).replace(b"\0", b"?")
 
 
-def _above(fd: int, floor: int) -> int:
+def _pipe(opened: list[int]) -> tuple[int, int]:
+    ends = os.pipe()
+    opened.extend(ends)
+    return ends
+
+
+def _above(fd: int, floor: int, opened: list[int]) -> int:
     """``fd`` moved to ``floor`` or above."""
     import fcntl
 
     moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
     os.close(fd)
+    opened[opened.index(fd)] = moved
     return moved

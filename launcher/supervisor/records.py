@@ -92,16 +92,18 @@ def read_error_file(path: str) -> tuple[dict[str, Any], str]:
         return {}, ""
     except OSError as error:
         return {}, f"error file {path} ignored: {error.strerror}"
-    with os.fdopen(fd, "rb") as file:
+    try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return {}, f"error file {path} ignored: not a regular file"
         if info.st_size > _MAX_ERROR_FILE:
             return {}, f"error file {path} ignored: {info.st_size} bytes, at most {_MAX_ERROR_FILE} are read"
-        try:
+        with open(fd, "rb", closefd=False) as file:
             body = file.read(_MAX_ERROR_FILE)
-        except OSError as error:
-            return {}, f"error file {path} ignored: {error.strerror}"
+    except OSError as error:
+        return {}, f"error file {path} ignored: {error.strerror}"
+    finally:
+        os.close(fd)
     import json
 
     try:
@@ -121,4 +123,8 @@ def _torch_fields(error: dict[str, Any]) -> tuple[str, str, int]:
         body = body.get("message", "")
     extra = extra if isinstance(extra, dict) else {}
     stamp = str(extra.get("timestamp", ""))
-    return str(body), str(extra.get("py_callstack", "")), int(stamp) if stamp.isdigit() else 0
+    return (
+        str(body),
+        str(extra.get("py_callstack", "")),
+        int(stamp) if len(stamp) <= 10 and stamp.isascii() and stamp.isdigit() else 0,
+    )

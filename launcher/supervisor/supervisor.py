@@ -5,6 +5,7 @@ Ranks are started first; what is needed only to watch and judge them is imported
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal itself takes 3 ms, before the ranks are started
 import os
 import select
 import sys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from launcher.verdict import Evidence, Verdict
 
 _STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+_STOP_NUMBERS = tuple(getattr(_signal, name) for name in _STOP_SIGNALS)
 _FORWARDED = ("SIGUSR1", "SIGUSR2")
 _CRASH_LOOP_COUNT = 3
 _QUIT_LIMIT_S = 8.0
@@ -36,6 +38,7 @@ class Supervisor:
         self.guardian = Guardian(plan.cap_bytes, plan.raw)
         self._signals: list[int] = []
         self._stop_signal = 0
+        self._forced = False
         self._shm = (0, 0)
         self._history: list[tuple[int, float]] = []
         self._old_handlers: dict[int, Any] = {}
@@ -45,13 +48,18 @@ class Supervisor:
     def say(self, text: str) -> None:
         """Shows a line of the launcher's own, in order with the ranks' output. Never waits for a reader."""
         for line in text.splitlines():
-            self.guardian.send("say", 2, f"[launcher] {line}")
+            # Text may come from a rank's error file: lone surrogates, NUL.
+            safe = line.replace("\0", "?").encode("utf-8", "backslashreplace")
+            self.guardian.send("say", 2, b"[launcher] " + safe)
 
     # ---- the job
 
     def run(self) -> Verdict:
         """Starts all ranks, restarts the group as often as allowed, and returns the verdict on the last attempt."""
         try:
+            if self.plan.handle_signals:
+                # A stop that comes before its handler is there would end us, and the ranks without their grace.
+                _signal.pthread_sigmask(_signal.SIG_BLOCK, _STOP_NUMBERS)
             attempt = self._start(0)
             self._prepare()
             while True:
@@ -122,7 +130,10 @@ class Supervisor:
         if self._stop_signal:
             attempt.stop(self._stop_signal, self.plan.grace_stop_s)
         while attempt.stage != DONE:
-            times = [moment for moment in (attempt.next_time(), watch.next_time()) if moment is not None]
+            look = (
+                watch.next_time() if attempt.stage == RUN else None
+            )  # nobody looks later: its time would pass, and spin
+            times = [moment for moment in (attempt.next_time(), look) if moment is not None]
             wait_ms = None if not times else max(0, int((min(times) - time.monotonic()) * 1000) + 1)
             for fd, _ in poller.poll(wait_ms):
                 if fd == self._wake_read:
@@ -161,13 +172,17 @@ class Supervisor:
                 self.guardian.send("signal", -2, number)
             elif self._stop_signal:
                 self.say("second signal: killing all ranks now")
+                self._forced = True
                 attempt.sweep(0)
             else:
                 self._stop_signal = number
                 # Python ranks know SIGINT as KeyboardInterrupt; everything else means: end, you have some time.
                 forward = number if number == 2 else SIGTERM
                 grace = self.plan.grace_stop_s
-                self.say(f"signal {number}: stopping all ranks, {grace:g} s until they are killed")
+                if attempt.stage == RUN:
+                    self.say(f"signal {number}: stopping all ranks, {grace:g} s until they are killed")
+                else:
+                    self.say(f"signal {number}: the ranks are being stopped already; once more kills them now")
                 attempt.stop(forward, grace)
 
     # ---- evidence
@@ -189,6 +204,7 @@ class Supervisor:
         watch = self._watching
         return Evidence(
             stop_signal=self._stop_signal,
+            forced=self._forced,
             hang=watch.hang,
             hang_rank=watch.hang_rank,
             oom_kills=max(0, memory.oom_kills - before.oom_kills),
@@ -246,6 +262,7 @@ class Supervisor:
             self._old_handlers[number] = signal.signal(number, self._on_signal)
         if os.getpid() == 1:
             self._old_handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, self._on_child)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_NUMBERS)
 
     def _restore_signals(self) -> None:
         if self._wake_read < 0:

@@ -246,7 +246,9 @@ void Guardian::spawn_command(FieldCursor& cursor) {
       }
     }
   } catch (const std::system_error& error) {
-    send({"spawn_failed", str(slot), str(error.code().value()), as_field(error.what())});
+    // what() is "call: reason"; the reason travels as the number.
+    const std::string what = error.what();
+    send({"spawn_failed", str(slot), str(error.code().value()), as_field(what.substr(0, what.find(": ")))});
   }
   ::close(out_pipe[1]);
   ::close(err_pipe[1]);
