@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-# Exits, signals, process trees and logs go through every part of the guardian. Left out: limits of memory, processes and
-# descriptors, which a sanitizer's runtime does not fit in, and the tests that are slow without one.
+# Exits, signals, process trees and logs go through every part of the guardian. Left out: limits of memory, processes
+# and descriptors, which a sanitizer's runtime does not fit in, and the tests that are slow without one.
 FILES = {
     "asan": ("test_rank_exit.py", "test_signals.py", "test_process_tree.py", "test_logs.py", "test_stop.py"),
     "tsan": ("test_process_tree.py", "test_logs.py"),  # where its threads meet; its start alone takes a second
@@ -30,12 +30,10 @@ def test_faults_with_sanitizers(mode: str, sanitize: str, request: pytest.Fixtur
         pytest.skip("needs cmake, ninja and a C++ compiler")
     cache = getattr(request.config, "cache", None)
     build = Path(cache.mkdir(f"native-{mode}")) if cache else tmp_path / "build"
-    for command in (
-        [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Debug"]
-        + [f"-DLAUNCHER_SANITIZE={sanitize}", "-DLAUNCHER_TESTS=ON", "-DLAUNCHER_WERROR=ON"]
-        + ["-DLAUNCHER_PYTHON=OFF", "-DLAUNCHER_CUDA=OFF"],
-        [cmake, "--build", build],
-    ):
+    options = [f"-DLAUNCHER_SANITIZE={sanitize}", "-DLAUNCHER_TESTS=ON", "-DLAUNCHER_WERROR=ON"]
+    options += [f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Debug"]
+    options += ["-DLAUNCHER_PYTHON=OFF", "-DLAUNCHER_CUDA=OFF"]
+    for command in ([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options], [cmake, "--build", build]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
     guardian = build / "bin" / "_guardian"
     probe = subprocess.run([guardian], capture_output=True, text=True, check=False)
@@ -43,8 +41,11 @@ def test_faults_with_sanitizers(mode: str, sanitize: str, request: pytest.Fixtur
         pytest.skip("ThreadSanitizer does not run under this kernel's vm.mmap_rnd_bits")
     reports = tmp_path / "report"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not torch", "-k", UNFIT]
-        + [str(ROOT / "tests" / "faults" / name) for name in FILES[mode]],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("-m", "not slow and not torch", "-k", UNFIT),
+            *(str(ROOT / "tests" / "faults" / name) for name in FILES[mode]),
+        ],
         cwd=ROOT,
         env={
             **os.environ,
