@@ -35,6 +35,7 @@ def serve(arguments: list[str]) -> list[str]:
     for name in arguments[0].split(","):
         importlib.import_module(name)
     _refuse_unforkable()
+    control.sendall(_hello(-1, 0))
     gc.collect()
     gc.freeze()  # a collection in a rank would otherwise touch, and so copy, every shared page
     while True:
@@ -42,15 +43,28 @@ def serve(arguments: list[str]) -> list[str]:
         if request is None:
             os._exit(0)  # the guardian has closed the socket: the job is over
         fields, out_fd, err_fd = request
-        middle = os.fork()
+        try:
+            middle = os.fork()
+        except OSError as error:
+            middle = -1
+            control.sendall(_hello(int(fields[0]), -(error.errno or 1)))
         if middle:
             os.close(out_fd)
             os.close(err_fd)
-            os.waitpid(middle, 0)
+            if middle > 0:
+                os.waitpid(middle, 0)
             continue
-        if os.fork():
+        try:
+            if os.fork():
+                os._exit(0)
+        except OSError as error:
+            control.sendall(_hello(int(fields[0]), -(error.errno or 1)))
             os._exit(0)
         return _become_rank(control, guardian, libc, fields, out_fd, err_fd)
+
+
+def _hello(slot: int, pid: int) -> bytes:
+    return array.array("i", [slot, pid]).tobytes()
 
 
 def _refuse_unforkable() -> None:
@@ -110,17 +124,20 @@ def _become_rank(
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != guardian:
         os._exit(127)
-    items = iter(fields)
-    slot, directory = int(next(items)), next(items)
+    # From here on this is a rank like any other: what goes wrong below ends it with a code that is reported.
+    control.sendall(_hello(int(fields[0]), os.getpid()))
+    control.close()
+    items = iter(fields[1:])
+    directory = next(items)
     cpus = [int(next(items)) for _ in range(int(next(items)))]
     argv = [next(items) for _ in range(int(next(items)))]
     environment = [next(items) for _ in range(int(next(items)))]
-    if cpus:
-        os.sched_setaffinity(0, cpus)
     os.dup2(out_fd, 1)
     os.dup2(err_fd, 2)
     os.close(out_fd)
     os.close(err_fd)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
     os.environ.clear()
     for entry in environment:
         name, _, value = entry.partition("=")
@@ -130,7 +147,5 @@ def _become_rank(
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()  # a plain start would have drawn its own; the random module does so by itself
-    control.sendall(array.array("i", [slot, os.getpid()]).tobytes())
-    control.close()
     # argv as the interpreter would have been given it: [python, -u, boot.py, kind, target, ...]
     return argv[2:]

@@ -4,10 +4,11 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
 
 namespace launcher::guardian {
 
-Console::Console(int fd) : fd_(fd), thread_([this] { run(); }) {}
+Console::Console(int fd, Note note) : fd_(fd), note_(std::move(note)), thread_([this] { run(); }) {}
 
 Console::~Console() {
   {
@@ -46,9 +47,10 @@ void Console::push(int slot, std::string_view text, std::size_t lines, const std
 void Console::note_dropped(int slot, Share& share) {
   if (share.dropped_lines == 0) return;
   if (share.pending.empty()) share.waiting_since = order_++;
-  share.pending += "[launcher] local rank " + std::to_string(slot) + ": " + std::to_string(share.dropped_lines) +
-                   " lines (" + std::to_string(share.dropped_bytes) +
-                   " bytes) were not shown, the reader of this output is too slow; its log file has them\n";
+  const std::string whose = slot < 0 ? "the launcher" : "local rank " + std::to_string(slot);
+  share.pending += "[launcher] " + whose + ": " + std::to_string(share.dropped_lines) + " lines (" +
+                   std::to_string(share.dropped_bytes) +
+                   " bytes) were not shown, the reader of this output is too slow; see the log file\n";
   share.dropped_lines = share.dropped_bytes = 0;
 }
 
@@ -91,6 +93,8 @@ void Console::run() {
     writing_ = false;
     blocked_ = false;
     if (!written) {
+      note_(std::string(fd_ == STDOUT_FILENO ? "stdout" : "stderr") + " cannot be written (" + std::strerror(errno) +
+            "): nothing more is shown there; see the log files");
       closed_ = true;
       shares_.clear();
     }

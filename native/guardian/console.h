@@ -10,6 +10,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -23,7 +24,11 @@ class Console {
   static constexpr std::size_t kQuotaBytes = 256U * 1024U;
   static constexpr std::chrono::milliseconds kStallLimit{250};
 
-  explicit Console(int fd);  // a descriptor of the guardian's own, written with blocking semantics
+  using Note = std::function<void(std::string)>;
+
+  // `fd` is written with blocking semantics; `note` is told, on the console's thread, when it cannot be written any
+  // more.
+  Console(int fd, Note note);
   Console(const Console&) = delete;
   Console& operator=(const Console&) = delete;
   ~Console();
@@ -46,7 +51,8 @@ class Console {
   bool write_all(std::string_view text);
   void note_dropped(int slot, Share& share);
 
-  int fd_;
+  const int fd_;
+  const Note note_;
   std::mutex mutex_;
   std::condition_variable work_;   // the writer waits for text
   std::condition_variable space_;  // ranks wait for room, flush() for the end

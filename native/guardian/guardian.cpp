@@ -109,7 +109,8 @@ void Guardian::run() {
         for (auto& note : notes_) send({"note", as_field(note)});
         notes_.clear();
       } else if (fd == zygote_fd_) {
-        read_zygote();
+        if ((events[static_cast<std::size_t>(i)].events & ~static_cast<unsigned>(EPOLLOUT)) != 0) read_zygote();
+        flush_forks();
       } else if (fd == command_fd_) {
         read_commands();
       } else if (fd == supervisor_fd_) {
@@ -180,8 +181,9 @@ void Guardian::handle(const Fields& fields) {
   } else if (verb == "hello") {
     cap_bytes_ = static_cast<std::uint64_t>(cursor.number("cap_bytes"));
     raw_ = cursor.number("raw") != 0;
-    out_ = std::make_unique<Console>(STDOUT_FILENO);
-    err_ = std::make_unique<Console>(STDERR_FILENO);
+    const auto note = [this](std::string text) { add_note(std::move(text)); };
+    out_ = std::make_unique<Console>(STDOUT_FILENO, note);
+    err_ = std::make_unique<Console>(STDERR_FILENO, note);
   } else if (verb == "quit") {
     quit();
   } else {
@@ -224,18 +226,17 @@ void Guardian::spawn_command(FieldCursor& cursor) {
   err.pipe_fd = err_pipe[0];
 
   Rank& rank = ranks_[slot];
-  if (rank.pump) retired_.push_back(std::move(rank.pump));
+  if (rank.pump) {
+    rank.pump->request_stop();
+    retired_.push_back(std::move(rank.pump));
+  }
+  std::erase_if(retired_, [](const auto& pump) { return pump->ended(); });
   rank = Rank{};
   try {
     rank.pump = std::make_unique<RankPump>(slot, prefix, raw_, cap_bytes_, std::move(out), std::move(err),
-                                           [this](std::string text) {
-                                             const std::lock_guard lock(notes_mutex_);
-                                             notes_.push_back(std::move(text));
-                                             const std::uint64_t one = 1;
-                                             static_cast<void>(!::write(note_fd_, &one, sizeof one));
-                                           });
+                                           [this](std::string text) { add_note(std::move(text)); });
     if (kind == "fork") {
-      fork_in_zygote(slot, request);
+      queue_fork(slot, request);
     } else {
       const SpawnResult result = spawn(request);
       if (result.pid < 0) {
@@ -256,64 +257,126 @@ void Guardian::spawn_command(FieldCursor& cursor) {
     ::close(control[1]);
     zygote_fd_ = control[0];
     zygote_pid_ = rank.pid;
+    zygote_ready_ = false;
+    ::fcntl(zygote_fd_, F_SETFL, O_NONBLOCK);
     add_watch(zygote_fd_, EPOLLIN);
   }
 }
 
-// Hands the request with the two pipe ends to the zygote, which forks twice so that the rank becomes our child.
-void Guardian::fork_in_zygote(int slot, const SpawnRequest& request) {
-  if (zygote_fd_ < 0) throw std::system_error(ESRCH, std::generic_category(), "no zygote");
+void Guardian::add_note(std::string text) {
+  const std::lock_guard lock(notes_mutex_);
+  notes_.push_back(std::move(text));
+  const std::uint64_t one = 1;
+  static_cast<void>(!::write(note_fd_, &one, sizeof one));
+}
+
+// The order goes out when the zygote has finished its imports: nothing here may wait for it, it may never finish.
+void Guardian::queue_fork(int slot, const SpawnRequest& request) {
+  if (zygote_fd_ < 0) throw std::system_error(ESRCH, std::generic_category(), "no preload process");
   Fields fields{str(slot), request.directory, str(request.cpus.size())};
   for (const int cpu : request.cpus) fields.push_back(str(cpu));
   fields.push_back(str(request.argv.size()));
   fields.insert(fields.end(), request.argv.begin(), request.argv.end());
   fields.push_back(str(request.environment.size()));
   fields.insert(fields.end(), request.environment.begin(), request.environment.end());
-  std::string frame;
-  append_frame(frame, fields);
-
-  std::array<int, 2> fds{request.out_fd, request.err_fd};
-  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof fds)> control{};
-  iovec body{frame.data(), frame.size()};
-  msghdr message{};
-  message.msg_iov = &body;
-  message.msg_iovlen = 1;
-  message.msg_control = control.data();
-  message.msg_controllen = control.size();
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof fds);
-  std::memcpy(CMSG_DATA(header), fds.data(), sizeof fds);
-  ssize_t sent = ::sendmsg(zygote_fd_, &message, MSG_NOSIGNAL);
-  if (sent < 0) throw_errno("sendmsg to the zygote");
-  for (std::size_t done = static_cast<std::size_t>(sent); done < frame.size(); done += static_cast<std::size_t>(sent)) {
-    sent = ::send(zygote_fd_, frame.data() + done, frame.size() - done, MSG_NOSIGNAL);
-    if (sent < 0) throw_errno("send to the zygote");
+  ForkOrder order;
+  order.slot = slot;
+  append_frame(order.frame, fields);
+  order.fds = {::fcntl(request.out_fd, F_DUPFD_CLOEXEC, 0), ::fcntl(request.err_fd, F_DUPFD_CLOEXEC, 0)};
+  const int error = errno;
+  fork_queue_.push_back(std::move(order));
+  if (fork_queue_.back().fds[0] < 0 || fork_queue_.back().fds[1] < 0) {
+    for (const int fd : fork_queue_.back().fds) {
+      if (fd >= 0) ::close(fd);
+    }
+    fork_queue_.pop_back();
+    throw std::system_error(error, std::generic_category(), "fcntl");
   }
-  ++forks_pending_;
+  flush_forks();
 }
 
-// A forked rank announces itself with two native ints, slot and pid, before it runs any user code.
+void Guardian::flush_forks() {
+  if (zygote_fd_ < 0 || !zygote_ready_) return;
+  bool blocked = false;
+  while (!fork_queue_.empty() && !blocked) {
+    ForkOrder& order = fork_queue_.front();
+    alignas(cmsghdr) std::array<char, CMSG_SPACE(2 * sizeof(int))> control{};
+    iovec body{order.frame.data() + order.sent, order.frame.size() - order.sent};
+    msghdr message{};
+    message.msg_iov = &body;
+    message.msg_iovlen = 1;
+    if (order.sent == 0) {  // the descriptors travel with the first byte
+      message.msg_control = control.data();
+      message.msg_controllen = control.size();
+      cmsghdr* header = CMSG_FIRSTHDR(&message);
+      header->cmsg_level = SOL_SOCKET;
+      header->cmsg_type = SCM_RIGHTS;
+      header->cmsg_len = CMSG_LEN(2 * sizeof(int));
+      std::memcpy(CMSG_DATA(header), order.fds.data(), 2 * sizeof(int));
+    }
+    const ssize_t sent = ::sendmsg(zygote_fd_, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent < 0 && errno == EINTR) continue;
+    if (sent < 0 && errno != EAGAIN) return;  // the zygote is gone: its socket says so, and its exit
+    blocked = sent < 0;
+    if (sent > 0) order.sent += static_cast<std::size_t>(sent);
+    if (order.sent == order.frame.size()) {
+      for (const int fd : order.fds) ::close(fd);
+      fork_queue_.pop_front();
+      ++forks_pending_;
+    }
+  }
+  epoll_event event{};
+  event.events = blocked ? EPOLLIN | EPOLLOUT : EPOLLIN;
+  event.data.fd = zygote_fd_;
+  ::epoll_ctl(epoll_fd_, EPOLL_CTL_MOD, zygote_fd_, &event);
+}
+
+// Takes back the orders that the zygote has not begun to read: the attempt is over.
+void Guardian::drop_forks() {
+  while (!fork_queue_.empty() && fork_queue_.back().sent == 0) {
+    for (const int fd : fork_queue_.back().fds) ::close(fd);
+    fork_queue_.pop_back();
+  }
+}
+
+// The zygote says {-1, 0} when it is ready; a forked rank announces itself with {slot, pid} before anything else, and
+// one that could not be forked is announced with {slot, -errno}. Native ints.
 void Guardian::read_zygote() {
   std::array<int, 2> hello{};
   for (;;) {
     const ssize_t got = ::recv(zygote_fd_, hello.data(), sizeof hello, MSG_DONTWAIT);
     if (got < 0 && errno == EAGAIN) return;
     if (got != static_cast<ssize_t>(sizeof hello)) break;
-    ranks_[hello[0]].pid = hello[1];
+    const auto [slot, pid] = hello;
+    if (slot == kZygote) {
+      zygote_ready_ = true;
+      continue;
+    }
     if (forks_pending_ > 0) --forks_pending_;
-    send({"started", str(hello[0]), str(hello[1]), str(monotonic_ns())});
+    if (pid < 0) {
+      send({"spawn_failed", str(slot), str(-pid), "fork"});
+      continue;
+    }
+    ranks_[slot].pid = pid;
+    send({"started", str(slot), str(pid), str(monotonic_ns())});
+    if (broadcast_ != 0) ::kill(pid, broadcast_);  // the stop came before this rank
   }
   ::close(zygote_fd_);  // the zygote is gone; reap() reports how it ended
   zygote_fd_ = -1;
+  zygote_ready_ = false;
   forks_pending_ = 0;
+  for (auto& order : fork_queue_) {
+    for (const int fd : order.fds) ::close(fd);
+  }
+  fork_queue_.clear();
 }
 
 void Guardian::signal_command(int slot, int number) {
+  const bool stops = number == SIGTERM || number == SIGINT || number == SIGHUP || number == SIGQUIT;
+  if (slot == kAllRanks && stops) broadcast_ = number;
   for (auto& [index, rank] : ranks_) {
     if (rank.pid == 0 || index == kZygote || (slot != kAllRanks && slot != index)) continue;
-    if (process_state(rank.pid) == 'T') rank.stopped = true;
+    if (number != SIGCONT && process_state(rank.pid) == 'T') rank.stopped = true;
     ::kill(rank.pid, number);
     // A stopped rank would keep the signal pending for ever.
     if (rank.stopped && number != SIGSTOP && number != SIGTSTP) ::kill(rank.pid, SIGCONT);
@@ -348,7 +411,7 @@ void Guardian::reap() {
     siginfo_t info{};
     // Without reaping: the zombie keeps its pid, and so its process group, from being reused.
     if (::waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid == 0) return;
-    if (zygote_fd_ >= 0 && !all_forked_known()) read_zygote();
+    if (zygote_fd_ >= 0 && forks_pending_ > 0) read_zygote();
     if (!adopt_exit(info.si_pid, info.si_code, info.si_status)) ::waitpid(info.si_pid, nullptr, 0);
   }
 }
@@ -378,6 +441,7 @@ pid_t Guardian::spared() const { return quitting_ ? 0 : zygote_pid_; }
 void Guardian::begin_sweep(std::chrono::milliseconds term) {
   sweep_ = Sweep{};
   sweep_.stage = SweepStage::kTerm;
+  drop_forks();
   sweep_.deadline = Clock::now() + term;
   if (term.count() > 0 && !has_no_children(spared())) {
     for (const auto& info : descendants(::getpid(), spared())) send_signal(info, SIGTERM);
@@ -387,16 +451,21 @@ void Guardian::begin_sweep(std::chrono::milliseconds term) {
 void Guardian::step_sweep() {
   if (sweep_.stage == SweepStage::kNone) return;
   const auto now = Clock::now();
-  if (has_no_children(spared())) {
+  const bool forking = forks_pending_ > 0 || !fork_queue_.empty();
+  if (!forking && has_no_children(spared())) {
     Fields fields{"empty", str(sweep_.killed.size())};
     for (const auto& [pid, command] : sweep_.killed) fields.push_back(str(pid) + " " + as_field(command));
     sweep_.stage = SweepStage::kNone;
+    broadcast_ = 0;
     send(fields);
     return;
   }
   if (sweep_.stage == SweepStage::kTerm) {
     if (now < sweep_.deadline) return;
     sweep_.stage = SweepStage::kKill;
+    sweep_.deadline = now + kKillLimit;
+  } else if (now >= sweep_.deadline && forking && zygote_pid_ != 0) {
+    ::kill(zygote_pid_, SIGKILL);  // it took an order and never answered; the end of its socket clears the rest
     sweep_.deadline = now + kKillLimit;
   } else if (now >= sweep_.deadline) {
     const auto survivors = descendants(::getpid(), spared());
@@ -407,6 +476,7 @@ void Guardian::step_sweep() {
           as_field(str(info.pid) + " " + info.state + " " + (channel.empty() ? "?" : channel) + " " + info.command));
     }
     sweep_.stage = SweepStage::kNone;
+    broadcast_ = 0;
     send(fields);
     return;
   }
@@ -455,6 +525,11 @@ void Guardian::abandon() {
 
 void Guardian::quit() {
   quitting_ = true;
+  if (zygote_fd_ >= 0) {
+    if (zygote_pid_ != 0) ::kill(zygote_pid_, SIGKILL);
+    forks_pending_ = 0;
+    fork_queue_.clear();  // the process ends: its descriptors are closed with it
+  }
   begin_sweep(std::chrono::milliseconds(0));
   while (sweep_.stage != SweepStage::kNone) {
     reap();
@@ -471,7 +546,12 @@ void Guardian::quit() {
     rank.pump->drain(kDrainLimit);
     rank.pump->request_stop();
   }
-  const bool flushed = (!out_ || out_->flush(kFlushLimit)) && (!err_ || err_->flush(kFlushLimit));
+  const auto deadline = Clock::now() + kFlushLimit;
+  bool flushed = true;
+  for (const auto& console : {out_.get(), err_.get()}) {
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now());
+    if (console != nullptr && !console->flush(std::max(left, std::chrono::milliseconds(0)))) flushed = false;
+  }
   send({"bye", str((out_ ? out_->dropped_lines() : 0U) + (err_ ? err_->dropped_lines() : 0U)), flushed ? "1" : "0"});
   ::fcntl(event_fd_, F_SETFL, 0);
   flush_events();

@@ -29,7 +29,9 @@
 //   bye     dropped_lines flushed
 #pragma once
 
+#include <array>
 #include <chrono>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -60,6 +62,13 @@ class Guardian {
     bool stopped = false;
     std::unique_ptr<RankPump> pump;
   };
+  // A fork that the zygote has not been told of (in full). Owns the two descriptors.
+  struct ForkOrder {
+    int slot = 0;
+    std::string frame;
+    std::size_t sent = 0;
+    std::array<int, 2> fds{-1, -1};
+  };
   enum class SweepStage { kNone, kTerm, kKill };
   struct Sweep {
     SweepStage stage = SweepStage::kNone;
@@ -73,8 +82,11 @@ class Guardian {
   void read_commands();
   void handle(const Fields& fields);
   void spawn_command(FieldCursor& cursor);
-  void fork_in_zygote(int slot, const SpawnRequest& request);
+  void queue_fork(int slot, const SpawnRequest& request);
+  void flush_forks();
+  void drop_forks();
   void read_zygote();
+  void add_note(std::string text);
   void signal_command(int slot, int number);
   void say(int stream, const std::string& text);
   void send_stats();
@@ -88,7 +100,6 @@ class Guardian {
   void kill_pass();
   [[nodiscard]] int poll_timeout() const;
   [[nodiscard]] pid_t spared() const;  // the zygote outlives a sweep between two attempts
-  [[nodiscard]] bool all_forked_known() const { return forks_pending_ == 0; }
 
   [[noreturn]] void abandon();
   [[noreturn]] void quit();
@@ -102,7 +113,10 @@ class Guardian {
   int note_fd_;
   int zygote_fd_ = -1;
   pid_t zygote_pid_ = 0;
-  int forks_pending_ = 0;
+  bool zygote_ready_ = false;
+  std::deque<ForkOrder> fork_queue_;
+  int forks_pending_ = 0;  // ordered, and not heard of yet
+  int broadcast_ = 0;      // the stop signal that this attempt's ranks were sent
   bool quitting_ = false;
   FrameReader commands_;
   std::string outbox_;

@@ -44,14 +44,17 @@ RankPump::RankPump(int slot, std::string prefix, bool raw, std::uint64_t cap_byt
       chunk_(kReadBytes, '\0'),
       wake_fd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   if (wake_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
-  thread_ = std::thread([this] { run(); });
+  try {
+    thread_ = std::thread([this] { run(); });
+  } catch (const std::system_error&) {
+    ::close(wake_fd_);
+    throw;
+  }
 }
 
 RankPump::~RankPump() {
   request_stop();
   thread_.join();
-  close_stream(out_);
-  close_stream(err_);
   ::close(wake_fd_);
 }
 
@@ -74,7 +77,7 @@ RankPump::Tails RankPump::drain(std::chrono::milliseconds limit) {
 }
 
 void RankPump::run() {
-  while (!stop_) {
+  while (!stop_ && (out_.fd >= 0 || err_.fd >= 0)) {
     std::array<pollfd, 3> waits{{{wake_fd_, POLLIN, 0}, {out_.fd, POLLIN, 0}, {err_.fd, POLLIN, 0}}};
     const bool unfinished = out_.assembler.has_partial() || err_.assembler.has_partial();
     const int timeout = unfinished ? static_cast<int>(LineAssembler::kIdleFlush.count() / 4) : -1;
@@ -119,7 +122,7 @@ bool RankPump::read_some(Stream& stream, std::size_t limit) {
   }
   if (got < 0 && (errno == EAGAIN || errno == EINTR)) return false;
   show(stream, stream.assembler.finish(text_));
-  close_stream(stream);
+  stream.close();
   return false;
 }
 
@@ -153,9 +156,14 @@ void RankPump::show(Stream& stream, std::size_t lines) {
   text_.clear();
 }
 
-void RankPump::close_stream(Stream& stream) {
-  if (stream.fd >= 0) ::close(stream.fd);
-  stream.fd = -1;
+void RankPump::Stream::close() {
+  if (fd >= 0) ::close(fd);
+  fd = -1;
+}
+
+bool RankPump::ended() {
+  const std::lock_guard lock(mutex_);
+  return ended_;
 }
 
 }  // namespace launcher::guardian

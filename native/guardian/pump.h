@@ -42,11 +42,17 @@ class RankPump {
   Tails drain(std::chrono::milliseconds limit);
   // Ends the thread at its next chance, without waiting for it.
   void request_stop();
+  // Both streams have ended, or a stop was asked for, and all is written.
+  [[nodiscard]] bool ended();
   [[nodiscard]] std::uint64_t bytes() const { return bytes_.load(std::memory_order_relaxed); }
 
  private:
   struct Stream {
     Stream(StreamOptions options, const std::string& prefix, std::uint64_t cap_bytes, std::size_t tail_bytes);
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+    ~Stream() { close(); }
+    void close();
     int fd;
     Console* console;
     CappedFile file;
@@ -59,7 +65,6 @@ class RankPump {
   bool read_some(Stream& stream, std::size_t limit);
   void take(Stream& stream, std::string_view bytes);
   void show(Stream& stream, std::size_t lines);
-  void close_stream(Stream& stream);
 
   const int slot_;
   const bool raw_;

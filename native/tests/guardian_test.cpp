@@ -170,7 +170,7 @@ void a_file_that_cannot_be_written_says_so_once() {
 void a_blocked_reader_stops_nobody() {
   Pipe pipe;
   ::fcntl(pipe.ends[1], F_SETPIPE_SZ, 4096);
-  Console console(pipe.ends[1]);
+  Console console(pipe.ends[1], [](std::string) {});
   const std::string block(64 * 1024, 'x');
   for (int i = 0; i < 64; ++i) console.push(0, block + "\n", 1, patient);  // 4 MiB that nobody reads
   console.push(1, "the other rank\n", 1, patient);
@@ -188,7 +188,7 @@ void a_blocked_reader_stops_nobody() {
 
 void a_closed_reader_is_survived() {
   Pipe pipe;
-  Console console(pipe.ends[1]);
+  Console console(pipe.ends[1], [](std::string) {});
   ::close(pipe.ends[0]);
   for (int i = 0; i < 10; ++i) console.push(0, "text\n", 1, patient);
   CHECK(console.flush(10s));
@@ -198,7 +198,7 @@ void the_pump_tells_what_came_last() {
   Pipe out;
   Pipe err;
   Pipe shown;
-  Console console(shown.ends[1]);
+  Console console(shown.ends[1], [](std::string) {});
   const std::string path = folder + "/pump.log";
   ::unlink(path.c_str());
   {
@@ -221,7 +221,7 @@ void raw_output_is_passed_at_once() {
   Pipe out;
   Pipe err;
   Pipe shown;
-  Console console(shown.ends[1]);
+  Console console(shown.ends[1], [](std::string) {});
   RankPump pump(0, "", true, 0, {out.ends[0], "", &console}, {err.ends[0], "", nullptr}, [](std::string) {});
   out.put("name? ");
   CHECK(read_until(shown.ends[0], "name? ") == "name? ");
