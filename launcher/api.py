@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import sys
 import threading
 
@@ -19,10 +21,11 @@ if TYPE_CHECKING:
 
 
 class RankResult(Record):
-    """One rank's end. ``value`` is what the function returned (None for a script)."""
+    """One rank's end. ``value`` is what the function returned (None for a script); memory is its peak, in bytes."""
 
     rank: int
     exit_code: int
+    peak_rss_bytes: int
     stdout_log: str
     stderr_log: str
     value: Any = None
@@ -34,6 +37,9 @@ class Result(Record):
     verdict: Verdict
     ranks: tuple[RankResult, ...]
     base_dir: str
+
+    def __repr__(self) -> str:
+        return f"Result({len(self.ranks)} ranks, base_dir={self.base_dir!r})"
 
     @property
     def exit_codes(self) -> dict[int, int]:
@@ -70,8 +76,16 @@ def launch(
         JobFailed: the job failed; its ``verdict`` has the root cause, the text and every rank's end.
         UsageError: an unknown setting, a bad value, or no such script.
         TypeError: the function cannot be handed to other processes.
+        KeyboardInterrupt: the job was stopped by Ctrl-C.
     """
     from launcher import job, run
+    from launcher.rank.call import LOADING
+
+    if LOADING in os.environ:
+        raise UsageError(
+            f"{os.environ[LOADING]} calls launch() when it is imported, and every rank imports it: "
+            "put the call under `if __name__ == '__main__':`"
+        )
 
     for name in settings:
         if name not in BY_NAME:
@@ -87,14 +101,21 @@ def launch(
     try:
         prepared = run.prepare(job.resolve(line, environ, _log, entry), environ)
         # Only the main thread may have signal handlers; elsewhere Ctrl-C is the caller's.
-        verdict = run.execute(prepared, handle_signals=threading.current_thread() is threading.main_thread())
+        main = threading.current_thread() is threading.main_thread()
+        verdict = run.execute(prepared, handle_signals=main, library=True)
     finally:
         if payload:
             os.unlink(payload)
             os.rmdir(os.path.dirname(payload))
-    if not verdict.ok:
-        raise JobFailed(verdict)
-    return _result(prepared, verdict, bool(payload))
+    result = _result(prepared, verdict, bool(payload)) if verdict.ok else None
+    if not prepared.keep_logs:
+        shutil.rmtree(prepared.run_dir, ignore_errors=True)
+    if result is not None:
+        return result
+    failure = JobFailed(verdict)
+    if verdict.kind == "stopped" and verdict.evidence.stop_signal == signal.SIGINT:
+        raise KeyboardInterrupt from failure
+    raise failure
 
 
 def _log(text: str) -> None:
@@ -126,6 +147,7 @@ def _result(prepared: Any, verdict: Verdict, is_call: bool) -> Result:
         RankResult(
             rank=record.rank,
             exit_code=record.exit_code,
+            peak_rss_bytes=record.max_rss_kib * 1024,
             stdout_log=launches[record.rank].stdout_path,
             stderr_log=launches[record.rank].stderr_path,
             value=load_result(launches[record.rank].environ["LAUNCHER_RESULT"]) if is_call else None,

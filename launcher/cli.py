@@ -5,35 +5,45 @@ from __future__ import annotations
 import os
 import sys
 
-from launcher.errors import EXIT_OUTPUT, ContractError, LauncherError
+from launcher.errors import (
+    EXIT_OUTPUT,
+    EXIT_USAGE,
+    ContractError,
+    InternalError,
+    LauncherError,
+    StoppedError,
+    UsageError,
+)
 from launcher.options import CommandLine, parse, usage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from launcher.container import Paths
+    from launcher.job import JobSpec
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code (see ``launcher.errors``)."""
     try:
         line = parse(sys.argv[1:] if argv is None else argv)
+        os.getcwd()
     except LauncherError as error:
-        print(f"[launcher] error: {error}", file=sys.stderr)
+        _log(f"error: {error}")
         return error.exit_code
-    if line.help:
-        print(usage())
-        return 0
-    if line.version:
-        from launcher._version import __version__
-
-        print(f"launcher {__version__}")
-        return 0
+    except FileNotFoundError:
+        _log("error: the current directory has been deleted; change to one that exists")
+        return EXIT_USAGE
     try:
+        if line.help:
+            return _show(usage())
+        if line.version:
+            from launcher._version import __version__
+
+            return _show(f"launcher {__version__}")
         return _plan(line) if line.command == "plan" else _run(line)
-    except BrokenPipeError:
-        # The reader of our own output went away (`plan | head`).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OUTPUT
+    except LauncherError as error:
+        _log(f"error: {error}")
+        return error.exit_code
 
 
 def train() -> int:
@@ -43,45 +53,61 @@ def train() -> int:
 
 def entry() -> None:
     """Ends the process with :func:`main`'s code, without the interpreter's teardown: nothing of ours needs it."""
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    os._exit(main())
+
+
+def _show(text: str) -> int:
+    """Prints an answer. Its exit code is 0, or EXIT_OUTPUT when it could not be written (disk full, reader gone)."""
+    try:
+        os.write(1, text.encode("utf-8", "backslashreplace") + b"\n")
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            _log(f"error: cannot write to stdout: {error.strerror}")
+        return EXIT_OUTPUT
+    return 0
 
 
 def _log(text: str) -> None:
-    print(f"[launcher] {text}", file=sys.stderr, flush=True)
+    try:
+        os.write(2, f"[launcher] {text}\n".encode("utf-8", "backslashreplace"))
+    except OSError:
+        return  # stderr is closed or full: there is nowhere left to say so
 
 
 def _run(line: CommandLine) -> int:
     from launcher import job, run
 
-    paths: Paths | None = None
-    if line.command == "train" or os.getpid() == 1:
-        _end_on_stop_signals()
+    _end_on_stop_signals()
+    spec: JobSpec | None = None
     try:
         spec = job.resolve(line, os.environ, _log)
-        paths = spec.container.paths
         for name in line.ignored:
             _log(f"{name} has no effect here: hosts find each other by the container contract")
         prepared = run.prepare(spec, os.environ)
         return run.execute(prepared).exit_code
     except LauncherError as error:
-        run.report_error(error, paths or _contract_paths(line, error))
+        run.report_error(error, spec.container.paths if spec else _contract_paths(line, error))
+        if spec is not None and spec.made_tree and isinstance(error, UsageError):
+            run.discard_tree(spec)  # a mistake on the command line leaves nothing behind
         return error.exit_code
+    except Exception as error:  # the one boundary: a fault of ours ends with a code of its own, and says so
+        import traceback
+
+        traceback.print_exc()
+        fault = InternalError(f"{type(error).__name__}: {error}; this is a fault of the launcher, please report it")
+        run.report_error(fault, spec.container.paths if spec else None)
+        return fault.exit_code
 
 
 def _end_on_stop_signals() -> None:
     """Until ranks run, a stop ends the preparation (a download, pip): process 1 would otherwise not even notice it."""
-    import signal
-
-    from launcher.errors import StoppedError
+    import _signal  # type: ignore[import-not-found]  # signal itself takes 3 ms, before the ranks are started
 
     def stop(number: int, frame: object) -> None:
         raise StoppedError(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for number in (_signal.SIGTERM, _signal.SIGINT):
+        _signal.signal(number, stop)
 
 
 def _contract_paths(line: CommandLine, error: LauncherError) -> Paths | None:
@@ -96,10 +122,5 @@ def _plan(line: CommandLine) -> int:
     from launcher import job, run
     from launcher.plan import as_json, as_table
 
-    try:
-        prepared = run.prepare(job.resolve(line, os.environ, _log), os.environ)
-    except LauncherError as error:
-        _log(f"error: {error}")
-        return error.exit_code
-    print(as_json(prepared) if line.as_json else as_table(prepared))
-    return 0
+    prepared = run.prepare(job.resolve(line, os.environ, _log), os.environ)
+    return _show(as_json(prepared) if line.as_json else as_table(prepared))

@@ -7,10 +7,11 @@ hyperparameters, ``launcher.yaml``, defaults.
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 from launcher import container as contract
-from launcher.errors import LauncherError, UsageError
+from launcher.errors import ContractError, OutputError, UsageError
 from launcher.options import BY_NAME, OPTIONS, CommandLine, Option, convert, suggest
 from launcher.record import Record
 
@@ -30,6 +31,7 @@ _OWN_VARIABLES = (
     "LAUNCHER_CHECKPOINT_DIR",
     "LAUNCHER_GUARDIAN",
     "LAUNCHER_JOB_ID",
+    "LAUNCHER_LOADING_MAIN",
     "LAUNCHER_RESULT",
     "LAUNCHER_RUN_DIR",
     "LAUNCHER_STATUS_PAGE",
@@ -90,18 +92,22 @@ def resolve(
     yaml_file, yaml = _read_yaml(cli, environ)
     early = _settle(cli, environ, {}, yaml, yaml_file)
     run_id = early["rdzv_id"].value or environ.get("TRAINING_JOB_NAME") or _fresh_id()
+    run_id = re.sub(r"[^A-Za-z0-9._-]", "_", run_id).lstrip(".") or _fresh_id()  # it becomes the name of a directory
     # `plan SCRIPT` shows what a run would do, `plan` alone what `train` would.
     mode = line.command if line.command != "plan" else ("run" if line.script or entry else "train")
+    python = early["python"].value or environ.get("PYTHON_EXEC") or sys.executable
+    if mode == "run" and entry is None:
+        entry = _command_line_entry(line, early, python, environ)  # a mistake in it must leave nothing behind
     facts, made = _container(early, environ, mode, run_id, write=line.command != "plan")
     settings = _settle(cli, environ, facts.reserved, yaml, yaml_file)
-    python = settings["python"].value or os.environ.get("PYTHON_EXEC") or sys.executable
     if entry is None:
-        if mode == "train":
-            if line.script:
-                raise UsageError(f"train takes no script: found {line.script!r}; the container contract names it")
-            entry = _contract_entry(facts, python, environ, log, prepare=line.command != "plan")
-        else:
-            entry = _command_line_entry(line, settings, python)
+        if line.script:
+            raise UsageError(f"train takes no script: found {line.script!r}; the container contract names it")
+        entry = _contract_entry(facts, python, environ, log, prepare=line.command != "plan")
+    if settings["preload"].value and entry.kind == COMMAND:
+        log("--preload has no effect: the entry point is not run by Python")
+    if settings["node_rank"].value:
+        log("--node-rank has no effect: the host list decides")
     return JobSpec(run_id=run_id, entry=entry, settings=settings, container=facts, mode=mode, made_tree=made)
 
 
@@ -157,15 +163,15 @@ def _read_yaml(cli: dict[str, Any], environ: Mapping[str, str]) -> tuple[str, di
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML: {error}") from None
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return path, {}
     if not isinstance(content, dict):
-        raise UsageError(f"--config {path}: found a {type(content).__name__}; expected a mapping of setting: value")
+        raise UsageError(f"{path}: found a {type(content).__name__}; expected a mapping of setting: value")
     settings = {str(key).replace("-", "_"): value for key, value in content.items()}
     for key in settings:
         if key not in BY_NAME:
-            raise UsageError(f"--config {path}: unknown setting {key!r}{suggest(key, BY_NAME)}")
+            raise UsageError(f"{path}: unknown setting {key!r}{suggest(key, BY_NAME)}")
     return path, settings
 
 
@@ -178,7 +184,15 @@ def _container(
         config = "/opt/ml/input/config"
         present = any(os.path.exists(f"{config}/{name}") for name in ("resourceconfig.json", "resourceConfig.json"))
         if present or mode == "train":
-            base = "/opt/ml"
+            base = contract.Paths.at("/opt/ml").base
+            if not os.path.isdir(base):
+                raise ContractError(
+                    base,
+                    "",
+                    "no such directory",
+                    "the container's job tree (--base-dir or SAGEMAKER_BASE_DIR names another; without one, run "
+                    "`python -m launcher SCRIPT`)",
+                )
     if base:
         if settings["channel"].value:
             raise UsageError(f"--channel makes a job tree, but there is one already: {base}; leave one of the two out")
@@ -194,11 +208,16 @@ def _container(
 
         facts = moved(facts, os.path.abspath(scratch), os.path.abspath(base))
         return facts, True
-    contract.make_job_tree(base, settings["channel"].value, {}, host="algo-1")
+    try:
+        contract.make_job_tree(base, settings["channel"].value, {}, host="algo-1")
+    except OutputError as error:
+        raise OutputError(f"{error}; --job-dir names another place") from error
     return contract.read(base, environ), True
 
 
-def _command_line_entry(line: CommandLine, settings: dict[str, Setting], python: str) -> Entry:
+def _command_line_entry(
+    line: CommandLine, settings: dict[str, Setting], python: str, environ: Mapping[str, str]
+) -> Entry:
     script = line.script
     if not script:
         raise UsageError("no script given; usage: python -m launcher [options] SCRIPT [script arguments], see --help")
@@ -206,9 +225,11 @@ def _command_line_entry(line: CommandLine, settings: dict[str, Setting], python:
     if settings["module"].value:
         return Entry(MODULE, script, line.script_args, os.getcwd(), python, script)
     if settings["no_python"].value:
-        return Entry(COMMAND, _executable(script), line.script_args, os.getcwd(), python, name)
+        return Entry(COMMAND, _executable(script, environ), line.script_args, os.getcwd(), python, name)
     if not os.path.exists(script):
         raise UsageError(f"no such script: {script}{suggest(script, ('train', 'plan'))}")
+    if os.path.isdir(script) and not os.path.exists(os.path.join(script, "__main__.py")):
+        raise UsageError(f"{script} is a directory without a __main__.py")
     if script.endswith(".sh") and not (os.access(script, os.X_OK) and _has_shebang(script)):
         return Entry(COMMAND, "/bin/sh", (script, *line.script_args), os.getcwd(), python, name)
     if not script.endswith((".py", ".pyc", ".pyz")) and os.path.isfile(script) and os.access(script, os.X_OK):
@@ -224,12 +245,12 @@ def _has_shebang(path: str) -> bool:
         return True  # executable but not readable: the kernel will tell
 
 
-def _executable(name: str) -> str:
+def _executable(name: str, environ: Mapping[str, str]) -> str:
     if os.sep in name:
         if os.access(name, os.X_OK) and os.path.isfile(name):
             return os.path.abspath(name)
         raise UsageError(f"--no-python {name}: not an executable file")
-    for directory in os.environ.get("PATH", os.defpath).split(os.pathsep):
+    for directory in environ.get("PATH", os.defpath).split(os.pathsep):
         path = os.path.join(directory, name)
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return os.path.abspath(path)
@@ -244,11 +265,18 @@ def _contract_entry(
     if facts.framework_module:
         return Entry(FUNCTION, facts.framework_module, args, code_dir, python, facts.framework_module)
     if not facts.program:
-        raise UsageError(
-            "no entry point: set SAGEMAKER_PROGRAM or the hyperparameter sagemaker_program to the script's name"
+        raise ContractError(
+            facts.hyperparameters.file,
+            "sagemaker_program",
+            "nothing",
+            "the name of the entry point, here or in SAGEMAKER_PROGRAM (or a function in SAGEMAKER_TRAINING_MODULE)",
         )
     if prepare:
         contract.prepare_code(facts, log)
+    elif not os.path.isdir(code_dir) or not os.listdir(code_dir):
+        # `plan` before the code is there: its name tells what it will be, unless a setup.py comes with it.
+        kind = COMMAND if not facts.program.endswith(".py") else SCRIPT
+        return Entry(kind, facts.program, args, code_dir, python, facts.program)
     found = contract.entry_point_kind(facts.program, code_dir)
     if prepare:
         contract.make_executable(found)
@@ -316,8 +344,3 @@ def count_ranks(setting: Setting, gpus: int, neurons: int, cpus: int) -> int:
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise UsageError(f"nproc_per_node (from {setting.source}) is {text!r}; expected a number above 0, auto, gpu or cpu")
-
-
-def explain(error: LauncherError) -> str:
-    """The one line that is printed for an error before any rank was started."""
-    return f"[launcher] error: {error}"

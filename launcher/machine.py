@@ -6,6 +6,10 @@ import os
 
 from launcher.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 
 class Machine(Record):
     """``cpus``: this process's allowed CPUs; ``quota``: CPUs by cgroup bandwidth, None for no limit."""
@@ -18,14 +22,18 @@ class Machine(Record):
     domains: dict[int, tuple[int, int]]
 
 
-def probe() -> Machine:
-    """Looks at the machine; a few milliseconds at most, also with hundreds of CPUs."""
+def probe(environ: Mapping[str, str]) -> Machine:
+    """Looks at the machine; a few milliseconds at most, also with hundreds of CPUs.
+
+    Args:
+        environ: the ranks' environment; its CUDA_VISIBLE_DEVICES counts.
+    """
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     return Machine(
         cpus=cpus,
         cpu_count=os.cpu_count() or len(cpus),
         quota=_cpu_quota(),
-        gpus=_count_gpus(),
+        gpus=count_gpus(environ),
         neurons=_count_neurons(),
         domains=_domains(cpus) if len(cpus) > 2 else {},
     )
@@ -39,9 +47,9 @@ def _read(path: str) -> str:
         return ""  # not this kernel, not this cgroup version
 
 
-def _count_gpus() -> int:
+def count_gpus(environ: Mapping[str, str]) -> int:
     """NVIDIA devices of this container that CUDA_VISIBLE_DEVICES leaves. Device files, as nvidia-smi costs 0.2 s."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
     return sum(1 for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit())

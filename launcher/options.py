@@ -327,6 +327,8 @@ def parse(argv: list[str]) -> CommandLine:
     command = "run"
     if words and words[0] in COMMANDS:
         command = words.pop(0)
+    if command == "plan" and words[:1] == ["train"]:
+        words.pop(0)  # `plan` without a script shows what `train` would do
     flags: dict[str, bool] = {"json": False, "help": False, "version": False}
     given: dict[str, object] = {}
     ignored: list[str] = []
@@ -387,6 +389,7 @@ def usage() -> str:
         "usage: python -m launcher [options] SCRIPT [script arguments]",
         "       python -m launcher train [options]      the program named by the container contract",
         "       python -m launcher plan [--json] [options] [SCRIPT ...]   show every decision, run nothing",
+        "                                                        (without a script: what train would do)",
         "",
         "Starts and supervises every rank of a training job on this host, and says in one line what went wrong.",
         "Options before the script are the launcher's, after it the script's. Each can also be set as",

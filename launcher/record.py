@@ -11,7 +11,6 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any, TypeVar
 
     from typing_extensions import dataclass_transform
@@ -89,15 +88,6 @@ def as_dict(value: object) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_dict(item) for item in value]
     return value
-
-
-def flatten(prefix: str, value: object) -> Iterator[tuple[str, object]]:
-    """``(dotted.path, leaf)`` pairs of a record, for printing it as a table."""
-    if isinstance(value, Record):
-        for name in value._fields:
-            yield from flatten(f"{prefix}.{name}" if prefix else name, value.__dict__[name])
-    else:
-        yield prefix, value
 
 
 def moved(value: Any, old: str, new: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import stat
 
 from launcher import container as contract
 from launcher import topology as topologies
@@ -47,7 +47,7 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
     Raises:
         UsageError: an option does not fit the host.
     """
-    machine = probe()
+    machine = probe(environ)
     resources = spec.container.resources
     ranks = count_ranks(spec.settings["nproc_per_node"], machine.gpus, machine.neurons, len(machine.cpus))
     hosts = topologies.choose_hosts(
@@ -82,8 +82,12 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
     )
 
 
-def execute(prepared: Prepared, handle_signals: bool = True) -> Verdict:
+def execute(prepared: Prepared, *, handle_signals: bool = True, library: bool = False) -> Verdict:
     """Runs the job on this host, writes its failure (or success) file and prints the summary.
+
+    Args:
+        handle_signals: take SIGTERM and the like; only possible in a main thread.
+        library: the calling process goes on afterwards.
 
     Raises:
         OutputError: the run directory cannot be made.
@@ -96,7 +100,7 @@ def execute(prepared: Prepared, handle_signals: bool = True) -> Verdict:
     _make_run_directory(prepared.run_dir)
     reserved = _reserve_port(prepared.rendezvous, prepared.topology)
     prepared = _with_port(prepared, reserved[0])
-    supervisor = Supervisor(_host_plan(prepared, handle_signals))
+    supervisor = Supervisor(_host_plan(prepared, handle_signals, library))
     try:
         if spec.made_tree:
             supervisor.say(f"job tree: {spec.container.paths.base}")
@@ -108,12 +112,14 @@ def execute(prepared: Prepared, handle_signals: bool = True) -> Verdict:
         for held in reserved[1]:
             held.close()
         supervisor.close()
+    if not library:  # its caller is given the paths
+        _clear_run_directory(prepared, verdict)
     return verdict
 
 
 def report_error(error: LauncherError, paths: Paths | None) -> None:
     """Leaves an error that came before any rank was started in the failure file, and prints it."""
-    print(f"[launcher] error: {error}", file=sys.stderr, flush=True)
+    _tell(f"error: {error}")
     if paths is None or not os.path.isdir(paths.output_dir):
         return
     detail = {"kind": type(error).__name__, "exit_code": error.exit_code}
@@ -122,7 +128,25 @@ def report_error(error: LauncherError, paths: Paths | None) -> None:
     try:
         contract.write_failure(paths, f"{type(error).__name__}: {error}\n", detail, contract.note_stale(paths))
     except OutputError as problem:
-        print(f"[launcher] {problem}", file=sys.stderr, flush=True)
+        _tell(str(problem))
+
+
+def _tell(text: str) -> None:
+    try:
+        os.write(2, f"[launcher] {text}\n".encode("utf-8", "backslashreplace"))
+    except OSError:
+        return  # stderr is closed or full: there is nowhere left to say so
+
+
+def discard_tree(spec: JobSpec) -> None:
+    """Removes a job tree that was made for this run and never used: nothing but what we put there may be in it."""
+    import shutil
+
+    base = spec.container.paths.base
+    if os.path.basename(os.path.dirname(base)) == "launcher_runs":  # one that the user named may hold other things
+        shutil.rmtree(base, ignore_errors=True)
+        if not os.listdir(os.path.dirname(base)):
+            os.rmdir(os.path.dirname(base))
 
 
 # ---- preparing
@@ -146,16 +170,32 @@ def _run_directory(spec: JobSpec) -> tuple[str, bool]:
         base = os.path.join(spec.container.paths.base, "run")
     else:
         # Beside the contract's tree, not in it: everything under output/ is uploaded.
-        base = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"launcher-{os.getuid()}")
+        base = _shared_base()
     return os.path.join(os.path.abspath(base), f"{spec.run_id}_{os.urandom(4).hex()}"), keep
+
+
+def _shared_base() -> str:
+    return os.path.join(os.path.abspath(os.environ.get("TMPDIR") or "/tmp"), f"launcher-{os.getuid()}")
+
+
+def _clear_run_directory(prepared: Prepared, verdict: Verdict) -> None:
+    """Removes what nobody will look for: the files of a success in the shared place, and what holds no logs."""
+    if prepared.keep_logs and not (verdict.ok and os.path.dirname(prepared.run_dir) == _shared_base()):
+        return
+    import shutil
+
+    shutil.rmtree(prepared.run_dir, ignore_errors=True)
 
 
 def _make_run_directory(path: str) -> None:
     base = os.path.dirname(path)
     try:
         os.makedirs(base, mode=0o700, exist_ok=True)
-        if os.stat(base).st_uid != os.getuid() and os.stat(base).st_mode & 0o022:
-            raise OutputError(f"run directory {base} belongs to another user who can write to it; give --log-dir")
+        info = os.lstat(base)
+        if base == _shared_base() and (
+            not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022
+        ):
+            raise OutputError(f"{base} is not a directory of this user's alone; remove it, or give --log-dir")
         os.mkdir(path, 0o700)
     except OSError as error:
         raise OutputError(f"cannot make the run directory {path}: {error.strerror}; give another --log-dir") from error
@@ -210,35 +250,56 @@ def _displays(spec: JobSpec, topology: Topology) -> tuple[Display, ...]:
         ):
             prefix = prefix.replace("${" + name + "}", str(value))
         console = (3 & ~redirects[place.local_rank]) | tee[place.local_rank]
+        if "${" in prefix:
+            raise UsageError(f"log_prefix {template!r}: unknown name; there are host, rank, local_rank and role_name")
         displays.append(Display(prefix, console if place.local_rank in shown else 0))
     return tuple(displays)
 
 
 def _reserve_port(rendezvous: engine.Rendezvous, topology: Topology) -> tuple[int, tuple[Any, ...], tuple[str, ...]]:
-    """The port for rank 0, a socket that keeps others from being given it, and lines to say.
+    """The port for rank 0, what keeps other launchers from it, and lines to say.
 
-    The socket is bound with SO_REUSEADDR and never listens, so that rank 0's listener, which sets SO_REUSEADDR as
-    every server does, can share the address; no ephemeral port search of another process will choose it meanwhile.
+    Nothing may be bound to the port when rank 0 binds it (it may not set SO_REUSEADDR), so the port is taken from
+    outside of the range that the kernel hands out by itself, and a name in the abstract namespace (of this network
+    namespace, like the port) claims it among launchers; the name goes away with its descriptor.
     """
     if len(topology.hosts) > 1:
         return rendezvous.port, (), ()  # the first host alone could tell; a port they all know is used
     import _socket  # the socket module costs 6 ms of start-up (selectors, enum); only its C part is needed here
 
-    # A second launcher may ask for the same port before rank 0 of the first listens on it. A name in the abstract
-    # namespace (of this network namespace, like the port) tells; it goes away with the descriptor.
-    claim = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    holder = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    holder.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-    try:
-        if rendezvous.port:
-            claim.bind(f"\0launcher-master-port-{rendezvous.port}")
-        holder.bind(("0.0.0.0", rendezvous.port))  # only bound: nothing ever listens on it
-    except OSError as error:
+    lines: tuple[str, ...] = ()
+    for port in (rendezvous.port, *_candidate_ports()):
+        if not port:
+            continue
+        claim = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        probe_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        probe_socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        try:
+            claim.bind(f"\0launcher-master-port-{port}")
+            probe_socket.bind(("0.0.0.0", port))
+        except OSError as error:
+            claim.close()
+            if port == rendezvous.port:
+                lines = (f"MASTER_PORT {port} cannot be had ({error.strerror})",)
+            continue
+        finally:
+            probe_socket.close()
         # The ranks learn the port from us, so another one serves as well.
-        holder.bind(("0.0.0.0", 0))
-        port = holder.getsockname()[1]
-        return port, (holder, claim), (f"MASTER_PORT {rendezvous.port} cannot be had ({error.strerror}); using {port}",)
-    return holder.getsockname()[1], (holder, claim), ()
+        return port, (claim,), tuple(f"{line}; using {port}" for line in lines)
+    raise OutputError("no free port for rank 0 in 64 tries; give --master-port")
+
+
+def _candidate_ports() -> list[int]:
+    """Ports that the kernel does not give to connections (net.ipv4.ip_local_port_range), in random order."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
+            low, high = (int(word) for word in file.read().split())
+    except (OSError, ValueError):
+        low, high = 32768, 60999
+    # Below the range from 10000 on; where it begins lower, above it; where it is everything, anywhere.
+    first, last = (10000, low) if low > 12000 else (high + 1, 65536) if high < 63000 else (10000, 65536)
+    random = os.urandom(128)
+    return [first + int.from_bytes(random[at : at + 2], "little") % (last - first) for at in range(0, 128, 2)]
 
 
 def _with_port(prepared: Prepared, port: int) -> Prepared:
@@ -269,7 +330,7 @@ def rank_launches(prepared: Prepared, attempt: int) -> list[engine.RankLaunch]:
     ]
 
 
-def _host_plan(prepared: Prepared, handle_signals: bool) -> HostPlan:
+def _host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostPlan:
     spec = prepared.spec
     return HostPlan(
         host=prepared.topology.host,
@@ -289,6 +350,8 @@ def _host_plan(prepared: Prepared, handle_signals: bool) -> HostPlan:
         deadline_file=prepared.environ["LAUNCHER_STOP_DEADLINE"],
         follow_parent=spec["follow_parent"] == "on" or (spec["follow_parent"] == "auto" and spec.mode == "train"),
         handle_signals=handle_signals,
+        library=library,
+        parent_pid=os.getppid(),
     )
 
 
@@ -306,13 +369,14 @@ def _conclude(prepared: Prepared, verdict: Verdict, stale: StaleMark, say: Any) 
     from launcher.record import as_dict
     from launcher.report import summary
 
-    say(summary(verdict, program, prepared.run_dir if prepared.keep_logs else ""))
     detail = as_dict(verdict)
     detail.update(run_id=prepared.spec.run_id, run_dir=prepared.run_dir, program=program)
+    users, where = None, paths.failure_file
     try:
         users = contract.write_failure(paths, verdict.text, detail, stale)
     except OutputError as error:
-        say(f"{error}; the failure was:\n{verdict.text}")
-        return
+        say(str(error))
+        where = ""
+    say(summary(verdict, program, where, prepared.run_dir if prepared.keep_logs else ""))
     if users is not None:
         say(f"{paths.failure_file} is the script's own and is kept; the launcher's view: {paths.failure_json}")

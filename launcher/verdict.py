@@ -108,7 +108,7 @@ class Evidence(Record):
         memory_limit, memory_peak: of the cgroup, bytes; 0: no limit, unknown.
         shm_total, shm_free: /dev/shm when the first rank failed, bytes.
         lost_children: helpers of ranks that were gone when the OOM kill was counted.
-        launcher_error: what went wrong in the launcher itself, "" for nothing.
+        launcher_error: what went wrong in the launcher itself, "" for nothing; launcher_code: the exit code for it.
     """
 
     stop_signal: int = 0
@@ -122,6 +122,7 @@ class Evidence(Record):
     shm_free: int = 0
     lost_children: tuple[LostChild, ...] = ()
     launcher_error: str = ""
+    launcher_code: int = errors.EXIT_INTERNAL
     early_exit_ok: bool = False
 
 
@@ -161,7 +162,8 @@ def judge(records: Sequence[ExitRecord], evidence: Evidence, program: str = "") 
     """
     ordered = tuple(sorted(records, key=lambda record: record.rank))
     if evidence.launcher_error:
-        return _finish("launcher", errors.EXIT_INTERNAL, evidence.launcher_error, None, {}, ordered, evidence, program)
+        code = evidence.launcher_code
+        return _finish("launcher", code, evidence.launcher_error, None, {}, ordered, evidence, program)
     victims = _victims(ordered)
     culprit = _culprit(ordered, victims, evidence)
     if evidence.hang and (culprit is None or culprit.rank in victims):

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from launcher.record import Record, as_dict, flatten, replace
+from launcher.record import Record, as_dict, replace
 
 
 class Point(Record):
@@ -84,16 +84,6 @@ def test_as_dict_goes_to_any_depth() -> None:
         "rest": [{"x": 3, "y": 4}],
         "names": {"a": {"x": 5, "y": 2}},
     }
-
-
-def test_flatten() -> None:
-    assert dict(flatten("", LINE)) == {
-        "start.x": 1,
-        "start.y": 2,
-        "rest": LINE.rest,
-        "names": LINE.names,
-    }
-    assert dict(flatten("p", Point(1))) == {"p.x": 1, "p.y": 2}
 
 
 def test_copies_and_pickles_are_equal() -> None:

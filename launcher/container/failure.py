@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 
 from launcher.errors import OutputError
 from launcher.record import Record
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from launcher.container.paths import Paths
+
+# More of a failure text than this is not read: the platform shows 1,024 characters of it.
+_MOST_BYTES = 64 * 1024
 
 
 class FileIdentity(Record):
@@ -163,11 +167,22 @@ def _sync_directory(directory: str) -> None:
 def _identity(path: str) -> FileIdentity | None:
     """None when there is no such regular file, or when it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            content = file.read()
-            stat = os.fstat(file.fileno())
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO there must not be waited for
     except OSError:
         return None
+    try:
+        status = os.fstat(descriptor)
+        content = os.read(descriptor, _MOST_BYTES) if stat.S_ISREG(status.st_mode) else None
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    if content is None:
+        return None
     return FileIdentity(
-        device=stat.st_dev, inode=stat.st_ino, size_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, content=content
+        device=status.st_dev,
+        inode=status.st_ino,
+        size_bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        content=content,
     )

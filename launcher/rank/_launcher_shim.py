@@ -49,7 +49,9 @@ def run(namespace: dict[str, Any]) -> None:
     then becomes one of them in each process it forks.
     """
     kind = sys.argv[1]
-    del sys.path[0]  # this folder, put there because boot.py was the script
+    del sys.path[0]  # this folder, put there by boot.py,
+    if not _safe_path():
+        del sys.path[0]  # and by the interpreter, because boot.py was the script
     if kind == "zygote":
         import importlib.util
 
@@ -126,7 +128,10 @@ def record(error: BaseException, thread: str = "") -> None:
     extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
     ours: dict[str, Any] = {"monotonic_ns": time.monotonic_ns(), "pid": os.getpid(), "thread": thread}
     if frames:
-        ours["where"] = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
+        # The innermost line of the user's own; a library's is in the traceback.
+        own = [frame for frame in frames if not _is_library(frame.filename)]
+        frame = (own or frames)[-1]
+        ours["where"] = f"{frame.filename}:{frame.lineno} in {frame.name}"
     if _thread_failure and not thread:
         ours["earlier"] = _thread_failure
     message = "".join(traceback.format_exception_only(type(error), error)).strip()
@@ -140,6 +145,10 @@ def record(error: BaseException, thread: str = "") -> None:
         os.replace(temporary, _error_file)
     except OSError as problem:
         print(f"[launcher] cannot write {_error_file}: {problem}", file=sys.__stderr__)
+
+
+def _is_library(path: str) -> bool:
+    return path.startswith((os.path.dirname(os.__file__), "<frozen")) or "site-packages" in path
 
 
 def _thread_hook(original: Any) -> Any:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+# Set while a rank runs the caller's script for its definitions: a launch() then is one that lacks its guard.
+LOADING = "LAUNCHER_LOADING_MAIN"
+
 
 def dump_call(path: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Writes ``function`` and ``args`` so that ranks can run them.
@@ -38,6 +41,8 @@ def dump_call(path: str, function: Callable[..., Any], args: tuple[Any, ...]) ->
         if in_main and not header["main"]:
             raise pickle.PicklingError("defined in a notebook or an interactive session")
         body = pickle.dumps((function, args))
+        if b"__main__" in body and script:  # an argument's class is the script's
+            header["main"] = os.path.abspath(script)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         body = _cloudpickle(function, args, error)
         header["codec"] = "cloudpickle"
@@ -64,10 +69,12 @@ def run_call(path: str) -> None:
         header = pickle.load(file)
         sys.path[:] = header["path"]
         if header["main"]:
+            os.environ[LOADING] = header["main"]
             content = runpy.run_path(header["main"], run_name="__mp_main__")
             module = types.ModuleType("__mp_main__")
             module.__dict__.update(content)
             sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+            del os.environ[LOADING]
         function, args = pickle.load(file)
     result = function(*args)
     target = os.environ["LAUNCHER_RESULT"]

@@ -27,7 +27,6 @@ class Context:
         device: ``"cuda:N"`` when a GPU is visible to this rank, else ``"cpu"``.
         channels: channel name -> directory.
         hyperparameters: the job's user hyperparameters, typed.
-        model_dir, output_data_dir, checkpoint_dir: where results go; they exist.
         attempt: 0, and one more after each restart of the group.
     """
 
@@ -53,9 +52,11 @@ class Context:
             if "SM_CHANNEL_" + name.upper() in environ
         }
         self.hyperparameters: dict[str, object] = _json(environ, "SM_HPS", {})
-        self.model_dir = _directory(environ.get("SM_MODEL_DIR", "model"))
-        self.output_data_dir = _directory(environ.get("SM_OUTPUT_DATA_DIR", "output"))
-        self.checkpoint_dir = _directory(environ.get("LAUNCHER_CHECKPOINT_DIR", "checkpoints"))
+        self._directories = {
+            "model": environ.get("SM_MODEL_DIR", "model"),
+            "output": environ.get("SM_OUTPUT_DATA_DIR", "output"),
+            "checkpoint": environ.get("LAUNCHER_CHECKPOINT_DIR", "checkpoints"),
+        }
         self.device = _device(environ, self.local_rank)
         self._steps = 0
         self._samples = 0
@@ -64,6 +65,21 @@ class Context:
         self._watches_signal = False
         self._handles_signal = False
         self._page = _open_page(environ.get("LAUNCHER_STATUS_PAGE", ""))
+
+    @property
+    def model_dir(self) -> str:
+        """Where the model goes. Made when it is first asked for, as the two below."""
+        return _directory(self._directories["model"])
+
+    @property
+    def output_data_dir(self) -> str:
+        """Where other results go."""
+        return _directory(self._directories["output"])
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """Where checkpoints go, and are found again after a restart of the job."""
+        return _directory(self._directories["checkpoint"])
 
     def step(self, samples: int = 0) -> int:
         """Tells the supervisor that one more training step is done, with ``samples`` samples; returns the count.
@@ -78,9 +94,9 @@ class Context:
 
     @property
     def stop_requested(self) -> bool:
-        """True once the job has been asked to stop (SIGTERM): write a checkpoint and return.
+        """True once the job has been asked to stop (SIGTERM, Ctrl-C): write a checkpoint and return.
 
-        From the first read on, SIGTERM no longer ends this process at once; the script has until
+        From the first read on, the signal no longer ends this process at once; the script has until
         :attr:`stop_deadline`. Ranks learn it at slightly different steps: agree on one (an allreduce of the flag)
         before leaving a loop with collectives.
         """
@@ -88,7 +104,9 @@ class Context:
             self._watches_signal = True
             try:
                 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-                    signal.signal(signal.SIGTERM, self._on_sigterm)
+                    signal.signal(signal.SIGTERM, self._on_stop)
+                if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                    signal.signal(signal.SIGINT, self._on_stop)  # Ctrl-C; a second one kills
                     self._handles_signal = True
             except ValueError:
                 # Only the main thread can set a handler; the deadline file still tells.
@@ -108,11 +126,11 @@ class Context:
 
     @property
     def stop_seconds_left(self) -> float | None:
-        """Seconds until :attr:`stop_deadline`, or None."""
+        """Seconds until :attr:`stop_deadline`; None when there is none (no stop, or no launcher to set it)."""
         deadline = self.stop_deadline
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_signal = number
 
     def __repr__(self) -> str:
@@ -144,12 +162,9 @@ def _directory(path: str) -> str:
 
 
 def _device(environ: dict[str, str], local_rank: int) -> str:
-    # Counted as torch does, without importing it: what CUDA_VISIBLE_DEVICES leaves of the device files.
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        count = int(environ.get("SM_NUM_GPUS", "0") or 0)
-    else:
-        count = len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    from launcher.machine import count_gpus
+
+    count = count_gpus(environ)
     return f"cuda:{local_rank % count}" if count else "cpu"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from launcher.errors import OutputError
+from launcher.errors import EXIT_INTERNAL, OutputError
 from launcher.record import replace
 from launcher.supervisor.guardian import ALL_RANKS, ZYGOTE, Event, Guardian, spawn_fields
 from launcher.supervisor.pages import make_status_page
@@ -45,6 +45,7 @@ class Attempt:
         self.started_s = time.monotonic()
         self.stop_signal = 0
         self.launcher_error = ""
+        self.launcher_code = EXIT_INTERNAL
         self.stuck: list[str] = []
         self.on_first_failure: Callable[[], None] = lambda: None
         self._told_ns = 0
@@ -53,6 +54,8 @@ class Attempt:
 
     def start(self, zygote: list[str]) -> None:
         """Makes the log tree and starts the ranks, forked by the zygote if its command is given."""
+        if os.path.exists(self.plan.deadline_file):
+            os.unlink(self.plan.deadline_file)  # of the attempt before
         for launch in self.launches.values():
             try:
                 os.makedirs(os.path.dirname(launch.status_page), mode=0o700, exist_ok=True)
@@ -95,8 +98,6 @@ class Attempt:
         """Takes one event of the guardian."""
         if event.verb == "started":
             self.pids[event.number(0)] = event.number(1)
-            if self._told_ns:  # the stop came between the order and the start
-                self.guardian.send("signal", event.number(0), SIGTERM)
         elif event.verb == "exited":
             self._on_exit(event)
         elif event.verb == "spawn_failed":
@@ -145,9 +146,10 @@ class Attempt:
         self._told_ns = self._told_ns or time.monotonic_ns()
         self.guardian.send("sweep", term_ms)
 
-    def fail(self, reason: str) -> None:
-        """Ends the attempt because of the launcher itself."""
-        self.launcher_error = self.launcher_error or reason
+    def fail(self, reason: str, code: int = EXIT_INTERNAL) -> None:
+        """Ends the attempt for a reason that is no rank's."""
+        if not self.launcher_error:
+            self.launcher_error, self.launcher_code = reason, code
         self.stop(SIGTERM, self.plan.grace_failure_s)
 
     def abandon(self) -> None:
@@ -162,7 +164,9 @@ class Attempt:
     def _tell_deadline(self) -> None:
         path = self.plan.deadline_file
         try:
-            with open(path + ".part", "w", encoding="ascii") as file:
+            # In the run directory (mode 0700); O_EXCL follows no link that a rank may have put there.
+            fd = os.open(path + ".part", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w", encoding="ascii") as file:
                 file.write(str(int(self._deadline_s * 1e9)))
             os.replace(path + ".part", path)
         except OSError as error:
@@ -171,11 +175,7 @@ class Attempt:
     def _on_exit(self, event: Event) -> None:
         slot = event.number(0)
         if slot == ZYGOTE:
-            if self._alive() and not self._told_ns:
-                tail = event.text(10).strip().splitlines()
-                self.fail(f"the preload process ended ({event.text(2)} {event.text(3)}): {tail[-1] if tail else ''}")
-            for waiting in [slot for slot in self._alive() if slot not in self.pids]:
-                self.records[waiting] = self._never_started(waiting, 1, "its preload process ended")
+            self._on_zygote_exit(event)
         else:
             from launcher.supervisor.records import make_record  # loaded while the ranks were starting
 
@@ -190,6 +190,18 @@ class Attempt:
         if not self._alive() and self.stage in (RUN, STOP):
             clean = self.stage == RUN and not any(record.failed for record in self.records.values())
             self.sweep(_LEFTOVER_GRACE_MS if clean else 0)
+
+    def _on_zygote_exit(self, event: Event) -> None:
+        """Ranks that it has forked do not need it any more; the others will never be."""
+        waiting = [slot for slot in self._alive() if slot not in self.pids]
+        if waiting and not self._told_ns:
+            tail = event.text(10).strip().splitlines()
+            code = event.number(3) + (128 if event.text(2) == "signal" else 0)
+            how = f"{event.text(2)} {event.text(3)}"
+            self.fail(f"preload of {self.plan.preload} failed ({how}): {tail[-1] if tail else ''}", code or 1)
+        for slot in waiting:
+            record = self._never_started(slot, 1, "its preload process ended")
+            self.records[slot] = replace(record, told_ns=self._told_ns)
 
     def _judge_end(self, record: ExitRecord) -> None:
         if record.failed:
@@ -230,14 +242,15 @@ class Attempt:
 
     def _on_swept(self, event: Event) -> None:
         names = event.items()
+        reason = "stopped before it was started"
         if event.verb == "stuck":
             self.stuck = names
+            reason = "did not end on SIGKILL: " + "; ".join(names)
             for line in names:
                 pid, state, channel, command = line.split(" ", 3)
                 self.say(f"unkillable: pid {pid} ({command}) is in state {state}, wchan {channel}; it is left behind")
-            for slot in self._alive():
-                reason = "did not end on SIGKILL: " + "; ".join(names)
-                self.records[slot] = replace(self._never_started(slot, 1, reason), told_ns=self._told_ns)
         elif names:
             self.say(f"ended {len(names)} process(es) that the ranks left behind: pid {', '.join(names)}")
+        for slot in self._alive():
+            self.records[slot] = replace(self._never_started(slot, 1, reason), told_ns=self._told_ns)
         self.stage = DONE

@@ -27,7 +27,9 @@ class HostPlan(Record):
         grace_failure_s, grace_stop_s: from SIGTERM to SIGKILL after a failure, and on a stop of the platform.
         preload: modules for the zygote, "" for none.
         deadline_file: where a stop's deadline is told to the ranks.
-        follow_parent: end when the process that started the launcher ends.
+        follow_parent: end when the process that started the launcher, parent_pid, ends.
+        handle_signals: take SIGTERM and the like (only in a main thread).
+        library: the calling process goes on afterwards, and has children and handlers of its own.
     """
 
     host: str
@@ -47,3 +49,5 @@ class HostPlan(Record):
     deadline_file: str
     follow_parent: bool
     handle_signals: bool = True
+    library: bool = False
+    parent_pid: int = 0

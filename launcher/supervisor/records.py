@@ -34,7 +34,8 @@ def make_record(event: Event, launch: RankLaunch, host: str, told_ns: int, repla
     ours = error.get("launcher") if failed else None
     ours = ours if isinstance(ours, dict) else {}
     message, traceback, timestamp = _torch_fields(error) if failed else ("", "", 0)
-    at_ns = ours.get("monotonic_ns")
+    # What a thread raised, the rank has survived for a while: its end is the time that counts.
+    at_ns = None if ours.get("thread") else ours.get("monotonic_ns")
     # A time of another boot of the machine, or a forged one, is no time.
     failed_ns = at_ns if isinstance(at_ns, int) and 0 < at_ns <= ended_ns else ended_ns
     return ExitRecord(
@@ -53,8 +54,8 @@ def make_record(event: Event, launch: RankLaunch, host: str, told_ns: int, repla
         traceback=traceback,
         thread=str(ours.get("thread", "")),
         timestamp=timestamp,
-        phase=page[0] if page else None,
-        steps=page[1] if page else 0,
+        phase=page.phase if page else None,
+        steps=page.step if page else 0,
         max_rss_kib=event.number(5),
         cpu_s=(event.number(6) + event.number(7)) / 1e6,
         stdout_tail=event.text(9),

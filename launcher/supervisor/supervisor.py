@@ -11,8 +11,8 @@ import select
 import sys
 import time
 
-from launcher.supervisor.attempt import DONE, RUN, SIGTERM, Attempt
-from launcher.supervisor.guardian import Guardian
+from launcher.supervisor.attempt import DONE, RUN, SIGKILL, SIGTERM, Attempt
+from launcher.supervisor.guardian import ALL_RANKS, ZYGOTE, Guardian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 _STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 _STOP_NUMBERS = tuple(getattr(_signal, name) for name in _STOP_SIGNALS)
+_NAMES = {getattr(_signal, name): name for name in _STOP_SIGNALS}
 _FORWARDED = ("SIGUSR1", "SIGUSR2")
 _CRASH_LOOP_COUNT = 3
-_QUIT_LIMIT_S = 8.0
+_QUIT_LIMIT_S = 10.0
 
 
 class Supervisor:
@@ -39,11 +40,12 @@ class Supervisor:
         self._signals: list[int] = []
         self._stop_signal = 0
         self._forced = False
+        self._zygote_lives = False
         self._shm = (0, 0)
         self._history: list[tuple[int, float]] = []
         self._old_handlers: dict[int, Any] = {}
         self._wake_read = self._wake_write = -1
-        self._is_subreaper = False
+        self._old_mask: Any = None
 
     def say(self, text: str) -> None:
         """Shows a line of the launcher's own, in order with the ranks' output. Never waits for a reader."""
@@ -59,7 +61,7 @@ class Supervisor:
         try:
             if self.plan.handle_signals:
                 # A stop that comes before its handler is there would end us, and the ranks without their grace.
-                _signal.pthread_sigmask(_signal.SIG_BLOCK, _STOP_NUMBERS)
+                self._old_mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _STOP_NUMBERS)
             attempt = self._start(0)
             self._prepare()
             while True:
@@ -70,32 +72,37 @@ class Supervisor:
                 self.say(again)
                 attempt = self._start(attempt.number + 1)
         finally:
-            self._restore_signals()
+            if self.plan.library:
+                self._restore_signals()
+            # On the command line our handlers stay: a stop that comes while the verdict is written changes nothing.
 
     def close(self) -> None:
         """Ends the guardian, after it has shown all output (or its reader has not taken it within two seconds)."""
         self.guardian.send("quit")
         deadline = time.monotonic() + _QUIT_LIMIT_S
+        poller = select.poll()
+        poller.register(self.guardian, select.POLLIN)
         while not self.guardian.closed and time.monotonic() < deadline:
-            select.select([self.guardian], [], [], max(0.0, deadline - time.monotonic()))
-            self.guardian.read()
+            poller.poll(max(0, int((deadline - time.monotonic()) * 1000)))
+            for event in self.guardian.read():
+                if event.verb == "note":  # there is nobody left to show it but us
+                    print(f"[launcher] {event.text(0)}", file=sys.stderr)
+        if not self.guardian.closed:
+            os.kill(self.guardian.pid, SIGKILL)
         self.guardian.close()
         self.guardian.status()
-        if self._is_subreaper:
-            from launcher._native import set_child_subreaper
-
-            set_child_subreaper(False)  # the calling process goes on, and orphans that come later are not ours
 
     def _start(self, number: int) -> Attempt:
         attempt = Attempt(number, self.plan, self.guardian, self.say)
         self._shm = (0, 0)
         attempt.on_first_failure = self._note_shared_memory
         zygote: list[str] = []
-        if self.plan.preload and number == 0:
+        if self.plan.preload and not self._zygote_lives:
             booted = next((launch for launch in attempt.launches.values() if launch.booted), None)
             if booted is not None:
                 python, unbuffered, boot = booted.argv[:3]
                 zygote = [python, unbuffered, boot, "zygote", self.plan.preload]
+                self._zygote_lives = True
         attempt.start(zygote)
         return attempt
 
@@ -112,13 +119,14 @@ class Supervisor:
         self._cgroup = MemoryCgroup()
         self._memory = self._cgroup.read()
         self._new_watch = Watch
-        if self.plan.handle_signals:
+        if not self.plan.library:
             from launcher._native import set_child_subreaper, set_parent_death_signal
 
             set_child_subreaper(True)  # should the guardian be killed, its orphans are ours
-            self._is_subreaper = True
             if self.plan.follow_parent:
                 set_parent_death_signal(SIGTERM)
+                if os.getppid() != self.plan.parent_pid:  # it ended before we asked
+                    self._signals.append(SIGTERM)
 
     def _watch(self, attempt: Attempt) -> Verdict:
         """Serves events, signals and timers until the attempt is over."""
@@ -146,12 +154,9 @@ class Supervisor:
                 break
             now = time.monotonic()
             attempt.on_time(now)
-            if attempt.stage == RUN:
-                hang = watch.on_time(now, attempt, self.guardian)
-                if hang:
-                    self.say(hang)
-                    self._note_shared_memory()
-                    attempt.stop(SIGTERM, self.plan.grace_failure_s)
+            if attempt.stage == RUN and watch.on_time(now, attempt, self.guardian):
+                self._note_shared_memory()
+                attempt.stop(SIGTERM, self.plan.grace_failure_s)
         from launcher.record import replace
 
         verdict = self._judge(list(attempt.records.values()), self._evidence(attempt), self.plan.program)
@@ -163,13 +168,20 @@ class Supervisor:
         elif event.verb == "stats":
             self._watching.on_stats(event)
         else:
+            if event.verb == "exited" and event.number(0) == ZYGOTE:
+                self._zygote_lives = False
             attempt.on_event(event)
 
     def _take_signals(self, attempt: Attempt) -> None:
         while self._signals:
             number = self._signals.pop(0)
             if number in self._forwarded:
-                self.guardian.send("signal", -2, number)
+                self.guardian.send("signal", ALL_RANKS, number)
+            elif number == self._suspend:
+                # Ctrl-Z: the ranks are in sessions of their own and would train on, unwatched.
+                self.guardian.send("signal", ALL_RANKS, _signal.SIGSTOP)
+                os.kill(os.getpid(), _signal.SIGSTOP)
+                self.guardian.send("signal", ALL_RANKS, _signal.SIGCONT)
             elif self._stop_signal:
                 self.say("second signal: killing all ranks now")
                 self._forced = True
@@ -179,10 +191,11 @@ class Supervisor:
                 # Python ranks know SIGINT as KeyboardInterrupt; everything else means: end, you have some time.
                 forward = number if number == 2 else SIGTERM
                 grace = self.plan.grace_stop_s
+                name = _NAMES.get(number, f"signal {number}")
                 if attempt.stage == RUN:
-                    self.say(f"signal {number}: stopping all ranks, {grace:g} s until they are killed")
+                    self.say(f"{name}: stopping all ranks, {grace:g} s until they are killed; once more kills them now")
                 else:
-                    self.say(f"signal {number}: the ranks are being stopped already; once more kills them now")
+                    self.say(f"{name}: the ranks are being stopped already; once more kills them now")
                 attempt.stop(forward, grace)
 
     # ---- evidence
@@ -214,6 +227,7 @@ class Supervisor:
             shm_free=self._shm[1],
             lost_children=watch.lost_children() if memory.oom_kills > before.oom_kills else (),
             launcher_error=attempt.launcher_error,
+            launcher_code=attempt.launcher_code,
             early_exit_ok=self.plan.early_exit == "ok",
         )
 
@@ -229,7 +243,10 @@ class Supervisor:
         self._history = [entry for entry in self._history if entry[0] == verdict.exit_code] if alike else []
         if alike:
             self._history.append((verdict.exit_code, attempt.started_s))
-        if attempt.number >= self.plan.max_restarts or len(self._history) >= _CRASH_LOOP_COUNT:
+        if attempt.number >= self.plan.max_restarts:
+            self._history.clear()  # not ended by the rule
+            return None
+        if len(self._history) >= _CRASH_LOOP_COUNT:
             return None
         return (
             f"attempt {attempt.number} failed: {verdict.headline}\n"
@@ -238,7 +255,7 @@ class Supervisor:
 
     def _crash_loop(self, verdict: Verdict, attempt: Attempt) -> Verdict:
         """``verdict``, said to be a crash loop when that is why the restarts ended."""
-        if len(self._history) < _CRASH_LOOP_COUNT or not self.plan.max_restarts:
+        if len(self._history) < _CRASH_LOOP_COUNT:
             return verdict
         from launcher.record import replace
 
@@ -254,23 +271,28 @@ class Supervisor:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._old_wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._forwarded = tuple(int(getattr(signal, name)) for name in _FORWARDED)
-        for name in (*_STOP_SIGNALS, *_FORWARDED):
+        self._suspend = int(signal.SIGTSTP)
+        for name in (*_STOP_SIGNALS, *_FORWARDED, "SIGTSTP"):
             number = getattr(signal, name)
             # nohup: a hangup that is ignored stays ignored.
-            if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+            if name in ("SIGHUP", "SIGTSTP") and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._old_handlers[number] = signal.signal(number, self._on_signal)
-        if os.getpid() == 1:
+        if os.getpid() == 1 and not self.plan.library:
             self._old_handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, self._on_child)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_NUMBERS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._old_mask)
+        self._old_mask = None
 
     def _restore_signals(self) -> None:
+        if self._old_mask is not None:  # the start failed half-way
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, self._old_mask)
         if self._wake_read < 0:
             return
         import signal
 
         for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: it was not set from Python, and cannot be put back from here
+                signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_wakeup)
         for fd in (self._wake_read, self._wake_write):
             os.close(fd)
@@ -295,7 +317,8 @@ class Supervisor:
         how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"code {os.WEXITSTATUS(status)}"
         from launcher.supervisor.orphans import kill_descendants
 
-        killed = kill_descendants(os.getpid()) if self.plan.handle_signals else 0
+        # A library's caller has children of its own, and is no subreaper for ours.
+        killed = 0 if self.plan.library else kill_descendants(os.getpid())
         attempt.launcher_error = (
             f"the guardian process {self.guardian.pid} ended ({how}); every rank has ended with it"
             + (f", {killed} orphans were killed" if killed else "")

@@ -26,16 +26,18 @@ _STACK_SIGNAL = 45  # as launcher/rank/_launcher_shim.py
 _RUNNING_PHASE = 2
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
-_COLLECTIVE_SEQ, _COLLECTIVE_ENTER = 136, 152
+# Helpers that ended longer ago than this are of no use as evidence.
+_KEPT_S = 5.0
 
 
 class Child:
     """A helper process of a rank (a loader worker, say), as last seen."""
 
-    __slots__ = ("command", "pid", "rank", "rss_kib")
+    __slots__ = ("command", "pid", "rank", "rss_kib", "seen_s", "start_ticks")
 
-    def __init__(self, pid: int, rank: int, command: str) -> None:
-        self.pid, self.rank, self.command, self.rss_kib = pid, rank, command, 0
+    def __init__(self, pid: int, start_ticks: int, rank: int, command: str) -> None:
+        self.pid, self.start_ticks, self.rank, self.command = pid, start_ticks, rank, command
+        self.rss_kib, self.seen_s = 0, 0.0
 
 
 class Watch:
@@ -54,7 +56,7 @@ class Watch:
         self._cpu: dict[int, int] = {}
         self._steps: dict[int, tuple[int, int]] = {}
         self._children: dict[int, Child] = {}
-        self._commands: dict[int, bytes] = {}
+        self._programs: dict[int, str] = {}
 
     def next_time(self) -> float:
         """When the next look is due."""
@@ -93,26 +95,27 @@ class Watch:
         moved = self._new_logged != self._logged
         self._logged = self._new_logged
         parents = _parents()
-        reports = False
+        busy = reports = False
         for slot, pid in attempt.pids.items():
             launch = attempt.launches.get(slot)
             if launch is None or slot in attempt.records:
                 continue
-            tree = [pid, *_below(pid, parents)]
-            cpu, io = self._usage(tree, launch.rank, pid)
+            cpu, io = self._usage([pid, *_below(pid, parents)], launch.rank, pid)
             # Counters of an ended helper leave the sums: only growth is movement.
-            if io > self._io.get(slot, 0):
-                moved = True
-            step = _progress(launch.status_page)
+            moved = moved or io > self._io.get(slot, 0)
+            page = read_page(launch.status_page)
+            step = (page.step, page.collective_seq) if page else (0, 0)
             if step != self._steps.get(slot):
                 moved = moved or slot in self._steps
                 self._steps[slot] = step
             reports = reports or step != (0, 0)
-            busy = (cpu - self._cpu.get(slot, 0)) / _TICKS > _IDLE_CPU_SHARE * period_s
-            moved = moved or (busy and not reports)
+            busy = busy or (cpu - self._cpu.get(slot, 0)) / _TICKS > _IDLE_CPU_SHARE * period_s
             self._io[slot], self._cpu[slot] = io, cpu
             self._note_exec(slot, pid, attempt)
-        return moved
+        oldest_s = self._sampled_s - _KEPT_S
+        self._children = {pid: child for pid, child in self._children.items() if child.seen_s >= oldest_s}
+        # Ranks that wait in a collective may spin: where steps are reported, only they tell progress.
+        return moved or (busy and not reports)
 
     def _usage(self, tree: list[int], rank: int, leader: int) -> tuple[int, int]:
         """CPU ticks and bytes read and written by a rank with its helpers."""
@@ -125,20 +128,21 @@ class Watch:
                 continue  # ended since the listing
             ticks += int(fields[11]) + int(fields[12])
             if pid != leader:
-                child = self._children.get(pid)
-                if child is None:
-                    child = self._children[pid] = Child(pid, rank, _command(pid))
+                child, start_ticks = self._children.get(pid), int(fields[19])
+                if child is None or child.start_ticks != start_ticks:
+                    child = self._children[pid] = Child(pid, start_ticks, rank, _command(pid))
+                child.seen_s = self._sampled_s
                 child.rss_kib = max(child.rss_kib, int(fields[21]) * _PAGE_KIB)
             written += _io_bytes(pid)
         return ticks, written
 
     def _note_exec(self, slot: int, pid: int, attempt: Attempt) -> None:
+        """A rank that native code has turned into another program (os.exec* is told by the shim itself)."""
         try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                command = file.read()
+            program = os.readlink(f"/proc/{pid}/exe")
         except OSError:
             return
-        if command and self._commands.setdefault(slot, command) != command:
+        if self._programs.setdefault(slot, program) != program:
             attempt.replaced.add(slot)
 
     # ---- a hang
@@ -150,7 +154,7 @@ class Watch:
             if launch is None or slot in attempt.records or slot in attempt.replaced or not launch.booted:
                 continue
             page = read_page(launch.status_page)
-            if page is not None and page[0] == _RUNNING_PHASE:
+            if page is not None and page.phase == _RUNNING_PHASE:
                 guardian.send("signal", slot, _STACK_SIGNAL)
         self._stacks_at_s = now_s
         self._next_s = now_s + _STACKS_S
@@ -158,9 +162,9 @@ class Watch:
     def _conclude(self, attempt: Attempt) -> str:
         alive = [attempt.launches[slot] for slot in attempt.pids if slot in attempt.launches]
         alive = [launch for launch in alive if launch.local_rank not in attempt.records]
-        where = {launch.rank: _collective(launch.status_page) for launch in alive}
-        inside = {rank: seq for rank, (seq, entered) in where.items() if entered}
-        outside = sorted(rank for rank, (_, entered) in where.items() if not entered)
+        pages = {launch.rank: read_page(launch.status_page) for launch in alive}
+        inside = {rank: page.collective_seq for rank, page in pages.items() if page and page.collective_entered_ns}
+        outside = sorted(rank for rank in pages if rank not in inside)
         text = f"hang: no log, no step and no I/O in any rank for {self.hang_timeout_s:g} s"
         if inside and outside:
             self.hang_rank = outside[0]
@@ -170,27 +174,8 @@ class Watch:
             slot = min(self._steps, key=lambda slot: self._steps[slot])
             self.hang_rank = attempt.launches[slot].rank
             text += f"; rank {self.hang_rank} is behind, at step {self._steps[slot][0]}"
-        self.hang = text + "; the stacks of all ranks are in their stderr.log"
+        self.hang = text + "; the stacks of all ranks are on their stderr"
         return self.hang
-
-
-def _progress(path: str) -> tuple[int, int]:
-    page = read_page(path)
-    return (page[1], _collective(path)[0]) if page else (0, 0)
-
-
-def _collective(path: str) -> tuple[int, int]:
-    """Collectives entered so far, and when the current one was entered (0: outside of any)."""
-    try:
-        with open(path, "rb") as file:
-            page = file.read(256)
-    except OSError:
-        return 0, 0
-
-    def number(offset: int) -> int:
-        return int.from_bytes(page[offset : offset + 8], "little")
-
-    return number(_COLLECTIVE_SEQ), number(_COLLECTIVE_ENTER)
 
 
 def _parents() -> dict[int, list[int]]:
@@ -226,8 +211,11 @@ def _io_bytes(pid: int) -> int:
 
 
 def _command(pid: int) -> str:
+    """Program and script of a process. Not its whole command line, which may hold secrets."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read(200).replace(b"\0", b" ").decode("utf-8", "replace").strip() or "?"
+            words = file.read(4096).decode("utf-8", "replace").split("\0")
     except OSError:
         return "?"
+    script = next((word for word in words[1:4] if word.endswith((".py", ".sh"))), "")
+    return " ".join(os.path.basename(word) for word in (words[0], script) if word) or "?"
