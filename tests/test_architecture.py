@@ -100,7 +100,7 @@ ALLOWED: dict[str, set[str]] = {
     "launcher.container": {"launcher.errors", "launcher.record"},
     "launcher.engines": {"launcher.record", "launcher.errors", "launcher.topology"},
     "launcher.supervisor": {"launcher.errors", "launcher.record", "launcher.verdict", "launcher._native"},
-    "launcher.rank": {"launcher.errors", "launcher.record", "launcher._native"},
+    "launcher.rank": {"launcher.errors", "launcher.record", "launcher.machine", "launcher._native"},
     "launcher.job": {
         "launcher.container",
         "launcher.errors",

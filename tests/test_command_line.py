@@ -202,8 +202,8 @@ def test_value_of_an_option_may_not_be_the_script(job: Any) -> None:
 
 def test_directory_without_a_main(job: Any) -> None:
     (job.directory / "empty").mkdir()
-    assert job.run("empty") == 1
-    assert "can't find '__main__' module in" in job.stderr
+    assert job.run("empty") == 64
+    assert "empty is a directory without a __main__.py" in job.stderr
 
 
 def test_file_that_cannot_be_executed(job: Any) -> None:

@@ -183,7 +183,7 @@ def test_framework_module_that_fails(job: Any) -> None:
 
 def test_no_entry_point(job: Any) -> None:
     job.tree()
-    assert job.run("train") == 64
+    assert job.run("train") == 65
     assert "SAGEMAKER_PROGRAM" in job.failure and "sagemaker_program" in job.failure
 
 

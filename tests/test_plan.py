@@ -138,6 +138,7 @@ def test_several_hosts_are_planned_from_each(job: Any) -> None:
 
 
 def test_errors_of_a_plan(job: Any) -> None:
+    job.script("")
     assert job.run("plan", "-n", "0", "train.py") == 64
     assert job.stdout == ""
     assert "[launcher] error: " in job.stderr

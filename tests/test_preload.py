@@ -453,14 +453,55 @@ def zygote(job: Any) -> int:
 
 
 def test_preload_process_that_is_killed_is_named(job: Any) -> None:
+    job.script("open('importing', 'w').write('1')\nimport time\ntime.sleep(600)\n", "to_preload.py")
     job.script(HOLD)
+    job.start("-n", "2", "--preload", "to_preload", "train.py", env={"PYTHONPATH": str(job.directory)})
+    job.wait_for_file("importing")
+    os.kill(zygote(job), signal.SIGKILL)
+    assert job.wait() == 137, job.output()
+    assert job.failure.startswith("preload of to_preload failed (signal 9)")
+
+
+def test_ranks_do_not_need_the_preload_process_any_more(job: Any) -> None:
+    job.script(HOLD.replace("time.sleep(600)", "\n    while not os.path.exists('go'): time.sleep(0.01)"))
     job.start("-n", "2", *STARTS["preload"], "train.py")
     for rank in range(2):
         job.wait_for_file(f"ready.{rank}")
     os.kill(zygote(job), signal.SIGKILL)
-    assert job.wait() == 70, job.output()
-    assert "preload process" in job.failure.splitlines()[0]
-    assert "signal 9" in job.failure or "SIGKILL" in job.failure
+    (job.directory / "go").touch()
+    assert job.wait() == 0, job.output()
+
+
+def test_stop_while_preloading(job: Any) -> None:
+    """A module that never finishes its import keeps nobody waiting: neither a stop, nor the guardian's clean-up."""
+    job.script("open('importing', 'w').write('1')\nimport time\ntime.sleep(600)\n", "to_preload.py")
+    job.script("print('RAN')")
+    env = {"PYTHONPATH": str(job.directory), **{f"LONG_{index}": "x" * 100_000 for index in range(4)}}
+    job.start("-n", "4", "--preload", "to_preload", "train.py", env=env)
+    job.wait_for_file("importing")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 143, job.output()
+    assert "RAN" not in job.stdout
+
+
+def test_preload_after_a_restart(job: Any) -> None:
+    """The second attempt is forked from a preload process again, also when the first one's has been killed."""
+    job.script("""
+        import os, signal, sys
+        if os.environ["LAUNCHER_ATTEMPT"] == "0":
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                try:
+                    words = open(f"/proc/{pid}/cmdline").read().split("\\0")
+                    mine = os.environ["JOB_UNDER_TEST"] in open(f"/proc/{pid}/environ").read()
+                except OSError:
+                    continue
+                if mine and "zygote" in words and int(pid) != os.getpid():
+                    os.kill(int(pid), signal.SIGKILL)
+            sys.exit(9)
+        print("AGAIN", "decimal" in sys.modules)
+    """)
+    assert job.run("-n", "1", "--preload", "json,decimal", "--max-restarts", "1", "train.py") == 0, job.output()
+    assert "AGAIN True" in job.stdout
 
 
 @pytest.mark.parametrize(
@@ -468,7 +509,7 @@ def test_preload_process_that_is_killed_is_named(job: Any) -> None:
     [
         (None, "ModuleNotFoundError: No module named 'to_preload'"),
         ("raise ValueError('while importing')", "ValueError: while importing"),
-        ("import os; os._exit(3)", "preload process"),
+        ("import os; os._exit(3)", "failed (exit 3)"),
         ("import sys; sys.exit('not here')", "not here"),
     ],
 )

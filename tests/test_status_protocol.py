@@ -71,13 +71,13 @@ def test_supervisor_reads_what_native_writes(page: str) -> None:
     mapped.step(41, 1000)
     for phase in range(5):
         mapped.phase = phase
-        assert pages.read_page(page) == (phase, 41)
-    assert watch._collective(page) == (0, 0)
+        assert pages.read_page(page) == pages.Page(phase, 41, 0, 0)
     assert mapped.enter_collective("allreduce", 64) == 1
-    sequence, entered_ns = watch._collective(page)
-    assert (sequence, entered_ns) == (1, mapped.snapshot()["collective_enter_ns"])
+    seen = pages.read_page(page)
+    assert seen is not None
+    assert (seen.collective_seq, seen.collective_entered_ns) == (1, mapped.snapshot()["collective_enter_ns"])
     mapped.leave_collective()
-    assert watch._collective(page) == (1, 0)
+    assert pages.read_page(page) == pages.Page(4, 41, 1, 0)
 
 
 def test_native_reads_what_the_shim_writes(shim: ModuleType, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +114,8 @@ def test_header_documents_the_offsets_that_are_used() -> None:
         "phase": pages._PHASE_OFFSET,
         "started_ns": status.STARTED_NS_OFFSET,
         "step": pages._STEP_OFFSET,
-        "collective_seq": watch._COLLECTIVE_SEQ,
-        "collective_enter_ns": watch._COLLECTIVE_ENTER,
+        "collective_seq": pages._COLLECTIVE_SEQ_OFFSET,
+        "collective_enter_ns": pages._COLLECTIVE_ENTER_OFFSET,
     }
     assert {name: int(found[name]) for name in used} == used
 

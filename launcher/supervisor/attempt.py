@@ -135,7 +135,8 @@ class Attempt:
         self._deadline_s = time.monotonic() + grace_s
         self._tell_deadline()
         self.guardian.send("signal", ALL_RANKS, number)
-        if not self._alive():
+        unborn = self.plan.preload and not any(slot in self.pids for slot in self._alive())
+        if unborn or not self._alive():  # a preload may take for ever, and its process gets no grace
             self.sweep(0)
 
     def sweep(self, term_ms: int) -> None:

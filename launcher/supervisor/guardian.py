@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 
@@ -173,8 +174,6 @@ def _pipe(opened: list[int]) -> tuple[int, int]:
 
 def _above(fd: int, floor: int, opened: list[int]) -> int:
     """``fd`` moved to ``floor`` or above."""
-    import fcntl
-
     moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
     os.close(fd)
     opened[opened.index(fd)] = moved

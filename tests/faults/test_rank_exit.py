@@ -88,7 +88,7 @@ def test_a_stop_that_comes_after_the_failure_does_not_hide_it(job):
     job.start("-n", "2", "train.py")
     job.wait_for_file("told")
     job.process.send_signal(signal.SIGTERM)
-    job.wait_for_line("signal 15", stream="stderr")
+    job.wait_for_line("SIGTERM: ", stream="stderr")
     (job.directory / "go").write_text("x")
     assert job.wait() == 3
     assert job.failure.startswith("rank 1 on algo-1 exited with code 3")
@@ -511,8 +511,14 @@ def test_a_script_that_becomes_another_program_has_not_left_early(job, policy):
 def test_a_failed_exec_leaves_the_script_where_it_was(job):
     """Row 12: a rank that leaves early after a failed exec has still left early."""
     job.script("""
-        import os
-        if os.environ["RANK"] == "0":
+        import os, time
+        if os.environ["RANK"] == "1":
+            while not os.path.exists("pid0") or os.path.exists("/proc/" + open("pid0").read()):
+                time.sleep(0.01)
+        else:
+            with open("pid0.part", "w") as file:
+                file.write(str(os.getpid()))
+            os.rename("pid0.part", "pid0")
             try:
                 os.execv("/no-such-program", ["no-such-program"])
             except FileNotFoundError:

@@ -236,7 +236,7 @@ def test_stop_during_a_failure_does_not_hide_the_failure(job):
     )
     job.wait_for_file("told1")
     job.process.send_signal(signal.SIGTERM)
-    job.wait_for_line("signal 15", "stderr")
+    job.wait_for_line("SIGTERM: ", "stderr")
     job.process.send_signal(signal.SIGTERM)
     assert job.wait() == 3, job.output()
     assert job.failure.startswith("rank 0 on algo-1 exited with code 3")
