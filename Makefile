@@ -42,7 +42,7 @@ fix: $(VENV)/.dev  ## repair what the linters can repair by themselves
 native: $(VENV)/.tools  ## build the native part into the checkout; seconds after an edit
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-bench: $(VENV)/.installed  ## measure against the peers; results go to benchmarks/results
+bench: $(VENV)/.installed  ## measure against the peers; results go to benchmarks/*/results
 	@for bench in benchmarks/*/run.py; do echo "== $$bench"; $(BIN)/python "$$bench" || exit 1; done
 
 wheel: $(VENV)/.tools  ## build dist/launcher-*.whl
