@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEAD
             return value
         if time.monotonic() > end:
             pytest.fail(f"waited {deadline_s} s for: {what}")
-        time.sleep(0.005)  # between two looks at a state
+        select.select([], [], [], 0.005)  # between two looks
 
 
 def processes_of(token: str) -> dict[int, str]:

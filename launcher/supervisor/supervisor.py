@@ -138,9 +138,8 @@ class Supervisor:
         if self._stop_signal:
             attempt.stop(self._stop_signal, self.plan.grace_stop_s)
         while attempt.stage != DONE:
-            look = (
-                watch.next_time() if attempt.stage == RUN else None
-            )  # nobody looks later: its time would pass, and spin
+            # Later nobody looks: the time of the next look would pass, and the loop spin.
+            look = watch.next_time() if attempt.stage == RUN else None
             times = [moment for moment in (attempt.next_time(), look) if moment is not None]
             wait_ms = None if not times else max(0, int((min(times) - time.monotonic()) * 1000) + 1)
             for fd, _ in poller.poll(wait_ms):
