@@ -133,35 +133,22 @@ def _write_whole(path: str, content: str, text: str) -> None:
 
 
 def _replace(path: str, content: bytes) -> None:
-    """Write a temporary file beside ``path``, force it to the disk, and rename it."""
+    """Write a temporary file beside ``path`` and rename it.
+
+    Not forced to the disk: whoever reads it does so through the same kernel, and a disk that is busy with the job's own
+    checkpoints would delay the end of every job.
+    """
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         if os.path.lexists(temporary):
             os.unlink(temporary)
         raise
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: str) -> None:
-    """Force the rename to the disk."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return  # not readable; the file itself is complete and in place
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network and FUSE mounts cannot do this for a directory; the file is in place all the same
-    finally:
-        os.close(descriptor)
 
 
 def _identity(path: str) -> FileIdentity | None:
