@@ -347,6 +347,7 @@ def _host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostP
         hang_timeout_s=spec["hang_timeout"],
         early_exit=spec["early_exit"],
         preload=spec["preload"],
+        written_directories=(prepared.run_dir, spec.container.paths.output_dir, spec.container.paths.model_dir),
         deadline_file=prepared.environ["LAUNCHER_STOP_DEADLINE"],
         follow_parent=spec["follow_parent"] == "on" or (spec["follow_parent"] == "auto" and spec.mode == "train"),
         handle_signals=handle_signals,

@@ -107,6 +107,7 @@ class Evidence(Record):
         oom_kills: OOM kills that the cgroup counted during this attempt.
         memory_limit, memory_peak: of the cgroup, bytes; 0: no limit, unknown.
         shm_total, shm_free: /dev/shm when the first rank failed, bytes.
+        memory_trends: rank -> how its memory grew, in words.
         lost_children: helpers of ranks that were gone when the OOM kill was counted.
         launcher_error: what went wrong in the launcher itself, "" for nothing; launcher_code: the exit code for it.
     """
@@ -121,6 +122,7 @@ class Evidence(Record):
     shm_total: int = 0
     shm_free: int = 0
     lost_children: tuple[LostChild, ...] = ()
+    memory_trends: dict[int, str] = {}
     launcher_error: str = ""
     launcher_code: int = errors.EXIT_INTERNAL
     early_exit_ok: bool = False
@@ -331,6 +333,8 @@ def _text(
         reason = _reason(culprit, evidence)
         if reason:
             head.append(reason)
+        if evidence.oom_kills and evidence.memory_trends.get(culprit.rank):
+            head.append(evidence.memory_trends[culprit.rank])
     head.append(f"{program}: exit code {exit_code} ({_outcomes(records, culprit, victims)})".removeprefix(": "))
     body: list[str] = []
     if culprit is not None:

@@ -27,6 +27,7 @@ class HostPlan(Record):
         grace_failure_s, grace_stop_s: from SIGTERM to SIGKILL after a failure, and on a stop of the platform.
         preload: modules for the zygote, "" for none.
         deadline_file: where a stop's deadline is told to the ranks.
+        written_directories: where the job writes, looked at for space.
         follow_parent: end when the process that started the launcher, parent_pid, ends.
         handle_signals: take SIGTERM and the like (only in a main thread).
         library: the calling process goes on afterwards, and has children and handlers of its own.
@@ -47,6 +48,7 @@ class HostPlan(Record):
     early_exit: str
     preload: str
     deadline_file: str
+    written_directories: tuple[str, ...]
     follow_parent: bool
     handle_signals: bool = True
     library: bool = False

@@ -113,8 +113,11 @@ class Supervisor:
         from launcher import verdict
         from launcher.supervisor import records  # noqa: F401  # its first use must not wait for an import
         from launcher.supervisor.cgroup import MemoryCgroup
+        from launcher.supervisor.preflight import warnings
         from launcher.supervisor.watch import Watch
 
+        for line in warnings(self.plan.written_directories):
+            self.say(f"WARNING: {line}")
         self._judge = verdict.judge
         self._cgroup = MemoryCgroup()
         self._memory = self._cgroup.read()
@@ -224,6 +227,7 @@ class Supervisor:
             memory_peak=memory.peak,
             shm_total=self._shm[0],
             shm_free=self._shm[1],
+            memory_trends={launch.rank: watch.memory_trend(launch.rank) for launch in attempt.launches.values()},
             lost_children=watch.lost_children() if memory.oom_kills > before.oom_kills else (),
             launcher_error=attempt.launcher_error,
             launcher_code=attempt.launcher_code,

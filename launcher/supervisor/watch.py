@@ -16,12 +16,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from launcher.supervisor.attempt import Attempt
     from launcher.supervisor.guardian import Event, Guardian
+    from launcher.supervisor.stacks import StackDumps
 
 # Timers of idle threads (progress bars, watchdogs) use a little: below this share of one CPU a rank is idle.
 _IDLE_CPU_SHARE = 0.02
 _PERIOD_S = 1.0
 # Time for the ranks to write their stacks after the signal that asks for them.
 _STACKS_S = 1.0
+# A debugger reads symbols first; it is ended after this.
+_DEBUGGER_S = 15.0
+_KEPT_SAMPLES = 64
 _STACK_SIGNAL = 45  # as launcher/rank/_launcher_shim.py
 _RUNNING_PHASE = 2
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -56,6 +60,8 @@ class Watch:
         self._cpu: dict[int, int] = {}
         self._steps: dict[int, tuple[int, int]] = {}
         self._children: dict[int, Child] = {}
+        self._memory: dict[int, list[tuple[float, int]]] = {}  # rank -> (time, KiB of the rank and its helpers)
+        self._dumps: StackDumps | None = None
         self._programs: dict[int, str] = {}
 
     def next_time(self) -> float:
@@ -72,6 +78,10 @@ class Watch:
             return ""
         self._next_s = now_s + _PERIOD_S
         if self._stacks_at_s:
+            if self._dumps is not None and not self._dumps.done() and now_s < self._stacks_at_s + _DEBUGGER_S:
+                return ""
+            if self._dumps is not None:
+                self._dumps.stop()
             return self._conclude(attempt)
         period_s, self._sampled_s = now_s - self._sampled_s, now_s
         moved = self._sample(attempt, period_s)
@@ -89,6 +99,16 @@ class Watch:
         gone.sort(key=lambda child: -child.rss_kib)
         return tuple(LostChild(child.rank, child.pid, child.command, child.rss_kib) for child in gone)
 
+    def memory_trend(self, rank: int) -> str:
+        """How the memory of a rank and its helpers grew, in words; "" when it was not seen long enough."""
+        samples = self._memory.get(rank, [])
+        if len(samples) < 3:
+            return ""
+        last_s = samples[-1][0]
+        chosen = (samples[0], samples[len(samples) // 2], samples[-1])
+        parts = [f"{kib / 2**10:.0f} MiB {last_s - moment:.0f} s earlier" for moment, kib in chosen[:2]]
+        return f"memory of the rank and its helpers: {', '.join(parts)}, {chosen[2][1] / 2**10:.0f} MiB when last seen"
+
     # ---- looking
 
     def _sample(self, attempt: Attempt, period_s: float) -> bool:
@@ -100,7 +120,8 @@ class Watch:
             launch = attempt.launches.get(slot)
             if launch is None or slot in attempt.records:
                 continue
-            cpu, io = self._usage([pid, *_below(pid, parents)], launch.rank, pid)
+            cpu, io, rss_kib = self._usage([pid, *_below(pid, parents)], launch.rank, pid)
+            _keep(self._memory.setdefault(launch.rank, []), (self._sampled_s, rss_kib))
             # Counters of an ended helper leave the sums: only growth is movement.
             moved = moved or io > self._io.get(slot, 0)
             page = read_page(launch.status_page)
@@ -117,9 +138,9 @@ class Watch:
         # Ranks that wait in a collective may spin: where steps are reported, only they tell progress.
         return moved or (busy and not reports)
 
-    def _usage(self, tree: list[int], rank: int, leader: int) -> tuple[int, int]:
-        """CPU ticks and bytes read and written by a rank with its helpers."""
-        ticks = written = 0
+    def _usage(self, tree: list[int], rank: int, leader: int) -> tuple[int, int, int]:
+        """CPU ticks, bytes read and written, and resident KiB of a rank with its helpers."""
+        ticks = written = rss_kib = 0
         for pid in tree:
             try:
                 with open(f"/proc/{pid}/stat", "rb") as file:
@@ -127,6 +148,7 @@ class Watch:
             except OSError:
                 continue  # ended since the listing
             ticks += int(fields[11]) + int(fields[12])
+            rss_kib += int(fields[21]) * _PAGE_KIB
             if pid != leader:
                 child, start_ticks = self._children.get(pid), int(fields[19])
                 if child is None or child.start_ticks != start_ticks:
@@ -134,7 +156,7 @@ class Watch:
                 child.seen_s = self._sampled_s
                 child.rss_kib = max(child.rss_kib, int(fields[21]) * _PAGE_KIB)
             written += _io_bytes(pid)
-        return ticks, written
+        return ticks, written, rss_kib
 
     def _note_exec(self, slot: int, pid: int, attempt: Attempt) -> None:
         """A rank that native code has turned into another program (os.exec* is told by the shim itself)."""
@@ -148,14 +170,21 @@ class Watch:
     # ---- a hang
 
     def _ask_for_stacks(self, now_s: float, attempt: Attempt, guardian: Guardian) -> None:
-        """Every rank that runs our shim writes the stacks of its threads to its stderr."""
-        for slot in attempt.pids:
+        """Every rank that runs our shim writes its stacks to its stderr; a debugger sees the others too."""
+        from launcher.supervisor.stacks import StackDumps
+
+        targets = {}
+        for slot, pid in attempt.pids.items():
             launch = attempt.launches.get(slot)
-            if launch is None or slot in attempt.records or slot in attempt.replaced or not launch.booted:
+            if launch is None or slot in attempt.records:
+                continue
+            targets[pid] = os.path.join(os.path.dirname(launch.status_page), "stacks.txt")
+            if slot in attempt.replaced or not launch.booted:
                 continue
             page = read_page(launch.status_page)
             if page is not None and page.phase == _RUNNING_PHASE:
                 guardian.send("signal", slot, _STACK_SIGNAL)
+        self._dumps = StackDumps(targets)
         self._stacks_at_s = now_s
         self._next_s = now_s + _STACKS_S
 
@@ -176,6 +205,13 @@ class Watch:
             text += f"; rank {self.hang_rank} is behind, at step {self._steps[slot][0]}"
         self.hang = text + "; the stacks of all ranks are on their stderr"
         return self.hang
+
+
+def _keep(samples: list[tuple[float, int]], sample: tuple[float, int]) -> None:
+    """Appends, and thins out evenly when there are many: the whole run stays in view."""
+    samples.append(sample)
+    if len(samples) > _KEPT_SAMPLES:
+        del samples[1:-1:2]
 
 
 def _parents() -> dict[int, list[int]]:

@@ -107,6 +107,24 @@ def test_oom_kill_of_the_only_rank(job, group):
 
 
 @pytest.mark.root
+@pytest.mark.slow
+def test_growth_of_memory_is_told(job, group):
+    """Row 6: a rank that leaks for some seconds: its text says how the memory grew."""
+    limited = group(150 * MIB)
+    job.script("""
+        import time
+        taken = []
+        while True:
+            taken.append(b"x" * (2 << 20))
+            time.sleep(0.1)
+    """)
+    assert job.run("-n", "1", "train.py", wrapper=limited.wrapper, deadline_s=60) == 137
+    assert "was OOM-killed" in job.failure
+    assert "memory of the rank and its helpers: " in job.failure[:1024]
+    assert " MiB when last seen" in job.failure[:1024]
+
+
+@pytest.mark.root
 def test_sigkill_under_a_limit_that_was_not_reached(job, group):
     """Row 6: a kill from outside is not called an OOM kill because there is a limit."""
     limited = group(200 * MIB)
