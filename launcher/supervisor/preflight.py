@@ -38,3 +38,49 @@ def warnings(directories: Sequence[str]) -> list[str]:
             seen.add(info.f_fsid)
             lines.append(f"only {free / 2**20:.0f} MiB are free under {path}")
     return lines
+
+
+class GpuHolders:
+    """Asks the driver, in the background, who holds GPU memory while this job's ranks are only starting.
+
+    A process of an earlier job that was left behind is the usual answer; the ranks then fail much later, for want of
+    memory. Within a container the driver shows the container's own processes only.
+    """
+
+    _QUERY = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
+
+    def __init__(self) -> None:
+        self._process = None
+        # By hand: shutil would be imported on every start, also where there is no GPU.
+        places = (os.path.join(place, "nvidia-smi") for place in os.environ.get("PATH", os.defpath).split(os.pathsep))
+        tool = next((path for path in places if os.access(path, os.X_OK)), None)
+        if tool is not None:
+            import subprocess
+
+            self._process = subprocess.Popen(
+                [tool, *self._QUERY], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+
+    def take(self) -> list[str] | None:
+        """A line for each holder, once; None while the driver has not answered, and after the lines were taken."""
+        if self._process is None or self._process.poll() is None:
+            return None
+        assert self._process.stdout is not None
+        with self._process.stdout as stream:
+            answer = stream.read(64 * 1024).decode("utf-8", "replace")
+        self._process = None
+        lines = []
+        for row in answer.splitlines():
+            fields = [field.strip() for field in row.split(",")]
+            if len(fields) == 3 and fields[0].isdigit():
+                lines.append(f"GPU memory is held already: pid {fields[0]} ({fields[1]}), {fields[2]} MiB")
+        return lines
+
+    def close(self) -> None:
+        """Ends the question, if it is still open."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdout is not None:
+                self._process.stdout.close()
+            self._process = None

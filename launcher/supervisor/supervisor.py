@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from launcher.supervisor.guardian import Event
     from launcher.supervisor.options import HostPlan
+    from launcher.supervisor.preflight import GpuHolders
     from launcher.verdict import Evidence, Verdict
 
 _STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -46,6 +47,7 @@ class Supervisor:
         self._old_handlers: dict[int, Any] = {}
         self._wake_read = self._wake_write = -1
         self._old_mask: Any = None
+        self._gpu_holders: GpuHolders | None = None
 
     def say(self, text: str) -> None:
         """Shows a line of the launcher's own, in order with the ranks' output. Never waits for a reader."""
@@ -78,6 +80,8 @@ class Supervisor:
 
     def close(self) -> None:
         """Ends the guardian, after it has shown all output (or its reader has not taken it within two seconds)."""
+        if self._gpu_holders is not None:
+            self._gpu_holders.close()
         self.guardian.send("quit")
         deadline = time.monotonic() + _QUIT_LIMIT_S
         poller = select.poll()
@@ -113,9 +117,10 @@ class Supervisor:
         from launcher import verdict
         from launcher.supervisor import records  # noqa: F401  # its first use must not wait for an import
         from launcher.supervisor.cgroup import MemoryCgroup
-        from launcher.supervisor.preflight import warnings
+        from launcher.supervisor.preflight import GpuHolders, warnings
         from launcher.supervisor.watch import Watch
 
+        self._gpu_holders = GpuHolders()
         for line in warnings(self.plan.written_directories):
             self.say(f"WARNING: {line}")
         self._judge = verdict.judge
@@ -154,6 +159,8 @@ class Supervisor:
             if self.guardian.closed:
                 self._guardian_lost(attempt)
                 break
+            for line in (self._gpu_holders.take() if self._gpu_holders is not None else None) or ():
+                self.say(f"WARNING: {line}")
             now = time.monotonic()
             attempt.on_time(now)
             if attempt.stage == RUN and watch.on_time(now, attempt, self.guardian):

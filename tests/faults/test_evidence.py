@@ -23,6 +23,33 @@ def test_a_full_disk_is_said_at_the_start(job, as_root):
     assert "MiB are free under" in job.stderr
 
 
+def test_who_holds_gpu_memory_is_said_at_the_start(job):
+    """Row 47: a process of an earlier job that still holds memory is named with what it holds."""
+    tool = job.script(
+        """#!/bin/sh
+        case "$*" in *--query-compute-apps=pid,process_name,used_memory*) echo "4242, python3, 7168" ;; esac
+    """,
+        "bin/nvidia-smi",
+    )
+    tool.chmod(0o755)
+    job.script("""
+        import os, time
+        while "7168" not in open("stderr").read():
+            time.sleep(0.01)
+    """)
+    assert job.run("train.py", env={"PATH": f"{tool.parent}:/usr/bin:/bin"}) == 0
+    assert "WARNING: GPU memory is held already: pid 4242 (python3), 7168 MiB" in job.stderr
+
+
+def test_a_driver_that_does_not_answer_delays_nothing(job):
+    """Row 47: nor is the question left behind when the job ends."""
+    tool = job.script("#!/bin/sh\nexec sleep 600\n", "bin/nvidia-smi")
+    tool.chmod(0o755)
+    job.script("print('fine')")
+    assert job.run("train.py", env={"PATH": f"{tool.parent}:/usr/bin:/bin"}) == 0
+    assert job.stdout == "fine\n"
+
+
 @pytest.mark.slow
 def test_a_debugger_that_is_there_is_asked_in_a_hang(job):
     """Row 26: ranks that are no Python programs cannot write their stacks; py-spy or gdb can."""
