@@ -87,20 +87,20 @@ def _run(line: CommandLine) -> int:
         prepared = run.prepare(spec, os.environ)
         return run.execute(prepared).exit_code
     except LauncherError as error:
-        run.report_error(error, spec.container.paths if spec else _contract_paths(line, error))
+        run.report_error(error, spec.container.paths if spec else _contract_paths(line, error), _log)
         if spec is not None and spec.made_tree and isinstance(error, UsageError):
             run.discard_tree(spec)  # a mistake on the command line leaves nothing behind
         return error.exit_code
     except OSError as error:  # a limit of this machine (open files, say) that no place knows more about
         place = f": {error.filename}" if error.filename else ""
-        run.report_error(OutputError(f"{error.strerror or error}{place}"), spec.container.paths if spec else None)
+        run.report_error(OutputError(f"{error.strerror or error}{place}"), spec.container.paths if spec else None, _log)
         return EXIT_OUTPUT
     except Exception as error:  # the one boundary: a fault of ours ends with a code of its own, and says so
         import traceback
 
         fault = InternalError(f"{type(error).__name__}: {error}; this is a fault of the launcher, please report it")
         _log(traceback.format_exc())
-        run.report_error(fault, spec.container.paths if spec else None)
+        run.report_error(fault, spec.container.paths if spec else None, _log)
         return fault.exit_code
 
 

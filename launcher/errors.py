@@ -1,4 +1,4 @@
-"""The one exception hierarchy, and the table of exit codes.
+"""The one exception hierarchy, and the exit codes of the launcher's own (the README has the table).
 
 Every message says what was wrong, where (file and field, option, host or rank), and what to do. Codes 64 to 77
 follow sysexits.h in spirit; they are used only when no rank's own failure came first.
@@ -17,21 +17,6 @@ EXIT_INTERNAL = 70
 EXIT_OUTPUT = 74
 EXIT_HANG = 75
 EXIT_REFUSED = 77
-EXIT_SIGTERM = 143
-EXIT_SIGINT = 130
-
-EXIT_CODES: dict[int, str] = {
-    0: "every rank on every host ended with 0",
-    EXIT_USAGE: "usage: bad option or option value",
-    EXIT_CONTRACT: "bad input in the container contract (file and field named)",
-    EXIT_CLUSTER: "a host or the cluster could not be reached, or was lost",
-    EXIT_INTERNAL: "a fault of the launcher itself",
-    EXIT_OUTPUT: "output could not be written (disk full, read-only)",
-    EXIT_HANG: "hang: no progress within the limit",
-    EXIT_REFUSED: "a peer was refused (authentication, version, different host list)",
-    EXIT_SIGTERM: "stopped by SIGTERM, when the ranks did not end with 0 by themselves",
-    EXIT_SIGINT: "stopped by SIGINT, when the ranks did not end with 0 by themselves",
-}
 
 
 class LauncherError(Exception):

@@ -16,7 +16,7 @@ from launcher.supervisor.options import Display, HostPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from launcher.container import Paths, StaleMark
@@ -117,9 +117,9 @@ def execute(prepared: Prepared, *, handle_signals: bool = True, library: bool = 
     return verdict
 
 
-def report_error(error: LauncherError, paths: Paths | None) -> None:
+def report_error(error: LauncherError, paths: Paths | None, log: Callable[[str], None]) -> None:
     """Leaves an error that came before any rank was started in the failure file, and prints it."""
-    _tell(f"error: {error}")
+    log(f"error: {error}")
     if paths is None or not os.path.isdir(paths.output_dir):
         return
     detail = {"kind": type(error).__name__, "exit_code": error.exit_code}
@@ -128,14 +128,7 @@ def report_error(error: LauncherError, paths: Paths | None) -> None:
     try:
         contract.write_failure(paths, f"{type(error).__name__}: {error}\n", detail, contract.note_stale(paths))
     except OutputError as problem:
-        _tell(str(problem))
-
-
-def _tell(text: str) -> None:
-    try:
-        os.write(2, f"[launcher] {text}\n".encode("utf-8", "backslashreplace"))
-    except OSError:
-        return  # stderr is closed or full: there is nowhere left to say so
+        log(str(problem))
 
 
 def discard_tree(spec: JobSpec) -> None:
