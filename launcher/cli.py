@@ -106,7 +106,7 @@ def _run(line: CommandLine) -> int:
 
 def _end_on_stop_signals() -> None:
     """Until ranks run, a stop ends the preparation (a download, pip): process 1 would otherwise not even notice it."""
-    import _signal  # type: ignore[import-not-found]  # signal itself takes 3 ms, before the ranks are started
+    import _signal  # type: ignore[import-not-found]  # signal itself imports enum, before the ranks start
 
     def stop(number: int, frame: object) -> None:
         raise StoppedError(number)

@@ -258,7 +258,7 @@ def _reserve_port(rendezvous: engine.Rendezvous, topology: Topology) -> tuple[in
     """
     if len(topology.hosts) > 1:
         return rendezvous.port, (), ()  # the first host alone could tell; a port they all know is used
-    import _socket  # the socket module costs 6 ms of start-up (selectors, enum); only its C part is needed here
+    import _socket  # the socket module imports selectors and enum; only its C part is needed here
 
     lines: tuple[str, ...] = ()
     for port in (rendezvous.port, *_candidate_ports()):

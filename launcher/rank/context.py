@@ -84,7 +84,7 @@ class Context:
     def step(self, samples: int = 0) -> int:
         """Tells the supervisor that one more training step is done, with ``samples`` samples; returns the count.
 
-        Costs well under a microsecond: a store into a page that the supervisor maps.
+        A store into a mapped page, no system call.
         """
         self._steps += 1
         self._samples += samples

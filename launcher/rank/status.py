@@ -5,7 +5,7 @@ before it starts the rank, and reads it with ``snapshot()``. A rank has two ways
 
 * the boot shim, which must not pay for loading the extension module, writes three fields at their fixed offsets with
   ``write_boot`` and ``write_phase``, through a file descriptor and without a mapping;
-* ``launcher.init()`` maps it with ``open_page(path, writable=True)``; a step then costs well under a microsecond.
+* ``launcher.init()`` maps it with ``open_page(path, writable=True)``; a step then is a store, no system call.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _LITTLE_SPACE = 100 * 2**20
 
 
 def warnings(directories: Sequence[str]) -> list[str]:
-    """A line for each limit that is out of the ordinary. Looks, changes nothing, takes microseconds.
+    """A line for each limit that is out of the ordinary. Looks, changes nothing, waits for nothing.
 
     Args:
         directories: where the job writes: logs, output, model.

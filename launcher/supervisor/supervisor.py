@@ -5,7 +5,7 @@ Ranks are started first; what is needed only to watch and judge them is imported
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # signal itself takes 3 ms, before the ranks are started
+import _signal  # type: ignore[import-not-found]  # signal itself imports enum, before the ranks start
 import os
 import select
 import sys

@@ -13,7 +13,7 @@ std::string_view last_segment(std::string_view line) {
 std::size_t utf8_cut(std::string_view text, std::size_t limit) {
   if (text.size() <= limit) return text.size();
   std::size_t cut = limit;
-  // A continuation byte is 10xxxxxx; a character has at most three of them.
+  // A continuation byte has 10 as its top bits; a character has at most three of them.
   while (cut > limit - 3 && (static_cast<unsigned char>(text[cut]) & 0xC0U) == 0x80U) --cut;
   return cut;
 }
