@@ -10,14 +10,14 @@ import threading
 
 from launcher.errors import JobFailed, UsageError
 from launcher.options import BY_NAME, CommandLine, suggest
-from launcher.record import Record
+from launcher.record import Record, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from launcher.verdict import Verdict
+    from launcher.evidence import Verdict
 
 
 class RankResult(Record):
@@ -102,7 +102,7 @@ def launch(
         prepared = run.prepare(job.resolve(line, environ, _log, entry), environ)
         # Only the main thread may have signal handlers; elsewhere Ctrl-C is the caller's.
         main = threading.current_thread() is threading.main_thread()
-        verdict = run.execute(prepared, handle_signals=main, library=True)
+        verdict = run.execute(prepared, environ, handle_signals=main, library=True)
     finally:
         if payload:
             os.unlink(payload)
@@ -142,7 +142,8 @@ def _result(prepared: Any, verdict: Verdict, is_call: bool) -> Result:
     from launcher import run
     from launcher.rank.call import load_result
 
-    launches = {launch.rank: launch for launch in run.rank_launches(prepared, verdict.attempt)}
+    start = replace(run.first_start(prepared), attempt=verdict.attempt)
+    launches = {launch.rank: launch for launch in run.rank_launches(prepared, start)}
     ranks = tuple(
         RankResult(
             rank=record.rank,

@@ -1,4 +1,4 @@
-"""The command line: ``python -m launcher [run|train|plan] [options] SCRIPT ...``."""
+"""The command line: ``python -m launcher [run|train|plan|simulate] [options] SCRIPT ...``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
             from launcher._version import __version__
 
             return _show(f"launcher {__version__}")
+        if line.command == "simulate":
+            from launcher.simulate import simulate
+
+            return simulate(line, os.environ, _log)
         return _plan(line) if line.command == "plan" else _run(line)
     except LauncherError as error:
         _log(f"error: {error}")
@@ -85,7 +89,7 @@ def _run(line: CommandLine) -> int:
         for name in line.ignored:
             _log(f"{name} has no effect here: hosts find each other by the container contract")
         prepared = run.prepare(spec, os.environ)
-        return run.execute(prepared).exit_code
+        return run.execute(prepared, os.environ).exit_code
     except LauncherError as error:
         run.report_error(error, spec.container.paths if spec else _contract_paths(line, error), _log)
         if spec is not None and spec.made_tree and isinstance(error, UsageError):

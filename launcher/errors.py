@@ -8,7 +8,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from launcher.verdict import Verdict
+    from launcher.evidence import Verdict
 
 EXIT_USAGE = 64
 EXIT_CONTRACT = 65

@@ -11,6 +11,7 @@ import re
 import sys
 
 from launcher import container as contract
+from launcher import hosts as host_lists
 from launcher.errors import ContractError, OutputError, UsageError
 from launcher.options import BY_NAME, OPTIONS, CommandLine, Option, convert, suggest
 from launcher.record import Record
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     from launcher.container import Container
+    from launcher.hosts import HostList
 
 # Kinds of entry point. `call` and `function` are made by the library and by SAGEMAKER_TRAINING_MODULE.
 SCRIPT, MODULE, COMMAND, FUNCTION, CALL = "script", "module", "command", "function", "call"
 
 # Variables of ours that are no settings: what ranks are given (seen by a launcher that runs inside a rank).
 _OWN_VARIABLES = (
+    "LAUNCHER_AGENT_SOCKET",
     "LAUNCHER_ATTEMPT",
     "LAUNCHER_CHECKPOINT_DIR",
     "LAUNCHER_GUARDIAN",
@@ -34,6 +37,7 @@ _OWN_VARIABLES = (
     "LAUNCHER_LOADING_MAIN",
     "LAUNCHER_RESULT",
     "LAUNCHER_RUN_DIR",
+    "LAUNCHER_SECRET",
     "LAUNCHER_STATUS_PAGE",
     "LAUNCHER_STOP_DEADLINE",
 )
@@ -58,12 +62,20 @@ class Entry(Record):
 
 
 class JobSpec(Record):
-    """One host's view of the job before anything is started."""
+    """One host's view of the job before anything is started.
+
+    Attributes:
+        container: this host's job tree, as it was read.
+        hosts: those that form the job.
+        mode: ``run`` or ``train``.
+        made_tree: the job tree was made for this run.
+    """
 
     run_id: str
     entry: Entry
     settings: dict[str, Setting]
     container: Container
+    hosts: HostList
     mode: str
     made_tree: bool = False
 
@@ -83,32 +95,69 @@ def resolve(
         UsageError: a bad option or setting, or no such script.
         ContractError: bad input under the base directory.
     """
-    given = dict(line.given)
-    cli = {name: convert(BY_NAME[name], raw, _spelled(name)) for name, raw in given.items()}
     for name in environ:
         if name.startswith("LAUNCHER_") and name[9:].lower() not in BY_NAME and name not in _OWN_VARIABLES:
             known = ["LAUNCHER_" + option.upper() for option in BY_NAME]
             log(f"environment variable {name} is not a setting, and has no effect{suggest(name, known)}")
+    cli = _from_line(line)
     yaml_file, yaml = _read_yaml(cli, environ)
     early = _settle(cli, environ, {}, yaml, yaml_file)
-    run_id = early["rdzv_id"].value or environ.get("TRAINING_JOB_NAME") or _fresh_id()
-    run_id = re.sub(r"[^A-Za-z0-9._-]", "_", run_id).lstrip(".") or _fresh_id()  # it becomes the name of a directory
+    run_id = _run_id(early, environ)
     # `plan SCRIPT` shows what a run would do, `plan` alone what `train` would.
     mode = line.command if line.command != "plan" else ("run" if line.script or entry else "train")
-    python = early["python"].value or environ.get("PYTHON_EXEC") or sys.executable
+    python = _interpreter(early, environ)
     if mode == "run" and entry is None:
         entry = _command_line_entry(line, early, python, environ)  # a mistake in it must leave nothing behind
-    facts, made = _container(early, environ, mode, run_id, write=line.command != "plan")
+    facts, hosts = _container(early, environ, mode, run_id, write=line.command != "plan")
     settings = _settle(cli, environ, facts.reserved, yaml, yaml_file)
+    made = hosts is not None
+    if hosts is None:
+        hosts = host_lists.find(settings, facts.resources, _training_hosts(facts), environ, host_lists.here())
     if entry is None:
         if line.script:
             raise UsageError(f"train takes no script: found {line.script!r}; the container contract names it")
         entry = _contract_entry(facts, python, environ, log, prepare=line.command != "plan")
     if settings["preload"].value and entry.kind == COMMAND:
         log("--preload has no effect: the entry point is not run by Python")
-    if settings["node_rank"].value:
-        log("--node-rank has no effect: the host list decides")
-    return JobSpec(run_id=run_id, entry=entry, settings=settings, container=facts, mode=mode, made_tree=made)
+    if "rdzv_endpoint" in cli and hosts.named:
+        log(f"--rdzv-endpoint has no effect: the hosts are those of {hosts.source}")
+    node_rank = settings["node_rank"].value
+    if node_rank and node_rank != str(hosts.host_rank):
+        log(f"--node-rank {node_rank} has no effect: this is host {hosts.host_rank} of the list from {hosts.source}")
+    return JobSpec(
+        run_id=run_id, entry=entry, settings=settings, container=facts, hosts=hosts, mode=mode, made_tree=made
+    )
+
+
+def preview(line: CommandLine, environ: Mapping[str, str]) -> tuple[str, dict[str, Setting]]:
+    """The run id and the settings, as far as they are known without a job tree; the entry point is checked as well.
+
+    Raises:
+        UsageError: a bad option or setting, or no such script.
+    """
+    cli = _from_line(line)
+    yaml_file, yaml = _read_yaml(cli, environ)
+    settings = _settle(cli, environ, {}, yaml, yaml_file)
+    _command_line_entry(line, settings, _interpreter(settings, environ), environ)
+    return _run_id(settings, environ), settings
+
+
+def _training_hosts(facts: Container) -> tuple[str, ...]:
+    """The hosts that train together: those of the instance groups that were named for it, else all."""
+    return facts.distribution_hosts if facts.distribution_groups else facts.resources.hosts
+
+
+def _from_line(line: CommandLine) -> dict[str, Any]:
+    return {name: convert(BY_NAME[name], raw, _spelled(name)) for name, raw in line.given.items()}
+
+
+def _interpreter(settings: dict[str, Setting], environ: Mapping[str, str]) -> str:
+    return settings["python"].value or environ.get("PYTHON_EXEC") or sys.executable
+
+
+def _run_id(settings: dict[str, Setting], environ: Mapping[str, str]) -> str:
+    given = settings["rdzv_id"].value or environ.get("TRAINING_JOB_NAME") or _fresh_id()
+    return re.sub(r"[^A-Za-z0-9._-]", "_", given).lstrip(".") or _fresh_id()  # it becomes the name of a directory
 
 
 def _spelled(name: str) -> str:
@@ -177,8 +226,8 @@ def _read_yaml(cli: dict[str, Any], environ: Mapping[str, str]) -> tuple[str, di
 
 def _container(
     settings: dict[str, Setting], environ: Mapping[str, str], mode: str, run_id: str, write: bool
-) -> tuple[Container, bool]:
-    """The job tree: the platform's where there is one, else one made for this run."""
+) -> tuple[Container, HostList | None]:
+    """The job tree: the platform's where there is one, else one made for this run, and for which hosts."""
     base = settings["base_dir"].value or environ.get("SAGEMAKER_BASE_DIR")
     if not base:
         config = "/opt/ml/input/config"
@@ -196,23 +245,35 @@ def _container(
     if base:
         if settings["channel"].value:
             raise UsageError(f"--channel makes a job tree, but there is one already: {base}; leave one of the two out")
-        return contract.read(base, environ), False
+        return contract.read(base, environ), None
+    hosts = host_lists.find(settings, None, (), environ, host_lists.here())
     base = settings["job_dir"].value or os.path.join("launcher_runs", run_id)
     if not write:  # `plan` touches nothing: show the tree as it would be read back
         import tempfile
 
         with tempfile.TemporaryDirectory() as scratch:
-            contract.make_job_tree(scratch, settings["channel"].value, {}, host="algo-1")
+            _make_tree(scratch, settings, hosts)
             facts = contract.read(scratch, environ, retry_for_s=0)
         from launcher.record import moved
 
         facts = moved(facts, os.path.abspath(scratch), os.path.abspath(base))
-        return facts, True
+        return facts, hosts
     try:
-        contract.make_job_tree(base, settings["channel"].value, {}, host="algo-1")
+        _make_tree(base, settings, hosts)
     except OutputError as error:
         raise OutputError(f"{error}; --job-dir names another place") from error
-    return contract.read(base, environ), True
+    return contract.read(base, environ), hosts
+
+
+def _make_tree(base: str, settings: dict[str, Setting], hosts: HostList) -> None:
+    interface = "lo"
+    if len(hosts.hosts) > 1:
+        from launcher.interfaces import default_interface
+
+        interface = settings["interface"].value or default_interface() or interface
+    contract.make_job_tree(
+        base, settings["channel"].value, {}, host=hosts.host, hosts=hosts.hosts, network_interface_name=interface
+    )
 
 
 def _command_line_entry(
@@ -227,7 +288,7 @@ def _command_line_entry(
     if settings["no_python"].value:
         return Entry(COMMAND, _executable(script, environ), line.script_args, os.getcwd(), python, name)
     if not os.path.exists(script):
-        raise UsageError(f"no such script: {script}{suggest(script, ('train', 'plan'))}")
+        raise UsageError(f"no such script: {script}{suggest(script, ('train', 'plan', 'simulate'))}")
     if os.path.isdir(script) and not os.path.exists(os.path.join(script, "__main__.py")):
         raise UsageError(f"{script} is a directory without a __main__.py")
     if script.endswith(".sh") and not (os.access(script, os.X_OK) and _has_shebang(script)):

@@ -176,13 +176,19 @@ _RANKS = (
         group="ranks",
     ),
     Option(
-        "nnodes", "text", "", "number of hosts, checked against the host list", "N", pet="PET_NNODES", group="ranks"
+        "nnodes",
+        "text",
+        "",
+        "number of hosts, or MIN:MAX; checked against the host list where there is one",
+        "N",
+        pet="PET_NNODES",
+        group="ranks",
     ),
     Option(
         "node_rank",
         "text",
         "",
-        "accepted for torchrun's sake; the host list decides",
+        "this host's number, where no list of hosts tells it",
         "N",
         pet="PET_NODE_RANK",
         group="ranks",
@@ -190,14 +196,136 @@ _RANKS = (
     Option("python", "text", "", "interpreter of the ranks (default: this one)", "PATH", group="ranks"),
 )
 
-OPTIONS: tuple[Option, ...] = (*_RUN, *_STOP, *_LOGS, *_RANKS)
+_HOSTS = (
+    Option(
+        "hosts",
+        "text",
+        "",
+        "the job's hosts in order, each with its ranks if wanted: a:8,b:8",
+        "LIST",
+        group="several hosts",
+    ),
+    Option("hostfile", "text", "", "the same, a host a line, as `a slots=8` or `a:8`", "FILE", group="several hosts"),
+    Option(
+        "host",
+        "text",
+        "",
+        "this host's name in the list (default: found by name or address)",
+        "NAME",
+        group="several hosts",
+    ),
+    Option(
+        "host_addresses",
+        "pairs",
+        {},
+        "where to reach a host, instead of resolving its name; may be repeated",
+        "NAME=ADDRESS",
+        group="several hosts",
+    ),
+    Option(
+        "rdzv_endpoint",
+        "text",
+        "",
+        "the first host, for torchrun's command lines without a list of hosts; the port is not used",
+        "HOST[:PORT]",
+        pet="PET_RDZV_ENDPOINT",
+        group="several hosts",
+    ),
+    Option(
+        "leader_port", "int", 7780, "port on which the first host waits for the others", "PORT", group="several hosts"
+    ),
+    Option(
+        "secret_file",
+        "text",
+        "",
+        "file with the secret that the hosts prove to each other (or LAUNCHER_SECRET in the environment)",
+        "FILE",
+        group="several hosts",
+    ),
+    Option(
+        "join_timeout", "seconds", 600.0, "how long to wait for all hosts to come", "SECONDS", group="several hosts"
+    ),
+    Option(
+        "min_hosts",
+        "int",
+        0,
+        "go on with as few hosts when others do not come or are lost; 0: all are needed",
+        "N",
+        group="several hosts",
+    ),
+    Option(
+        "host_timeout",
+        "seconds",
+        5.0,
+        "a host that is silent for this long is lost",
+        "SECONDS",
+        group="several hosts",
+    ),
+    Option(
+        "peer_check",
+        "choice",
+        "refuse",
+        "what to do with a host whose code, packages or driver differ from the first one's",
+        choices=("refuse", "warn", "off"),
+        group="several hosts",
+    ),
+    Option(
+        "interface",
+        "text",
+        "",
+        "network interface for the ranks' traffic (default: the container's, if it exists)",
+        "NAME",
+        group="several hosts",
+    ),
+)
+
+_ENGINE = (
+    Option(
+        "engine",
+        "choice",
+        "auto",
+        "how ranks find each other; auto: mpi where the platform asks for it, else torch",
+        choices=("auto", "torch", "mpi", "horovod"),
+        group="engine",
+    ),
+    Option(
+        "mpirun", "text", "", "mpirun or mpiexec to use (default: beside Python, or on PATH)", "PATH", group="engine"
+    ),
+    Option(
+        "mpi_options",
+        "text",
+        "",
+        "more options for mpirun; they win over the launcher's own",
+        "TEXT",
+        hyperparameter="sagemaker_mpi_custom_mpi_options",
+        group="engine",
+    ),
+    Option(
+        "mpi_processes",
+        "int",
+        0,
+        "ranks of the whole job; 0: as many as there are slots",
+        "N",
+        hyperparameter="sagemaker_mpi_num_processes",
+        group="engine",
+    ),
+    Option(
+        "horovod_controller",
+        "choice",
+        "auto",
+        "what carries Horovod's messages; auto: what the installed Horovod was built for",
+        choices=("auto", "gloo", "mpi"),
+        group="engine",
+    ),
+)
+
+OPTIONS: tuple[Option, ...] = (*_RUN, *_STOP, *_LOGS, *_RANKS, *_HOSTS, *_ENGINE)
 BY_NAME: dict[str, Option] = {option.name: option for option in OPTIONS}
 
 # torchrun options with nothing to do here: there is no agent store, no polling and no rendezvous back-end to choose.
 # Name -> takes a value.
 IGNORED: dict[str, bool] = {
     "rdzv_backend": True,
-    "rdzv_endpoint": True,
     "rdzv_conf": True,
     "monitor_interval": True,
     "start_method": True,
@@ -282,6 +410,8 @@ def _choice(option: Option, raw: object) -> str:
 def _pairs(option: Option, raw: object) -> dict[str, str]:
     if isinstance(raw, dict):
         return {str(key): str(value) for key, value in raw.items()}
+    if raw in ("", [""]):  # `--channel=` takes back what the environment or the YAML file says
+        return {}
     pairs: dict[str, str] = {}
     for item in raw if isinstance(raw, list) else str(raw).split(","):
         name, equals, value = str(item).partition("=")
@@ -302,7 +432,10 @@ _CONVERTERS: Mapping[str, Callable[[Option, object], object]] = {
 
 
 class CommandLine(Record):
-    """A parsed command line: ``given`` raw values by option name, ``ignored`` torchrun options that were given."""
+    """A parsed command line: ``given`` raw values by option name, ``ignored`` torchrun options that were given.
+
+    ``directory`` is the ``--dir`` of ``simulate``, whose ``hosts`` are a number.
+    """
 
     command: str
     given: dict[str, object]
@@ -312,9 +445,10 @@ class CommandLine(Record):
     as_json: bool = False
     help: bool = False
     version: bool = False
+    directory: str = ""
 
 
-COMMANDS = ("run", "train", "plan")
+COMMANDS = ("run", "train", "plan", "simulate")
 
 
 def parse(argv: list[str]) -> CommandLine:
@@ -332,6 +466,7 @@ def parse(argv: list[str]) -> CommandLine:
     flags: dict[str, bool] = {"json": False, "help": False, "version": False}
     given: dict[str, object] = {}
     ignored: list[str] = []
+    directory = ""
     while words and words[0].startswith("-") and words[0] != "-":
         word = words.pop(0)
         if word == "--":
@@ -342,6 +477,9 @@ def parse(argv: list[str]) -> CommandLine:
             if key == "json" and command != "plan":
                 raise UsageError("--json belongs to `plan`: python -m launcher plan --json ...")
             flags[key] = True
+            continue
+        if key == "dir" and command == "simulate":
+            directory = inline if equals else _value(words, name)
             continue
         option, value = _match(name), inline if equals else None
         if isinstance(option, str):
@@ -359,7 +497,7 @@ def parse(argv: list[str]) -> CommandLine:
                 given[option.name] = text
     script = words.pop(0) if words else ""
     return CommandLine(
-        command, given, tuple(ignored), script, tuple(words), flags["json"], flags["help"], flags["version"]
+        command, given, tuple(ignored), script, tuple(words), flags["json"], flags["help"], flags["version"], directory
     )
 
 
@@ -390,6 +528,7 @@ def usage() -> str:
         "       python -m launcher train [options]      the program named by the container contract",
         "       python -m launcher plan [--json] [options] [SCRIPT ...]   show every decision, run nothing",
         "                                                        (without a script: what train would do)",
+        "       python -m launcher simulate --hosts N [--dir DIR] [options] SCRIPT ...   N hosts on this one",
         "",
         "Starts and supervises every rank of a training job on this host, and says in one line what went wrong.",
         "Options before the script are the launcher's, after it the script's. Each can also be set as",

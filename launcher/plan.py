@@ -6,18 +6,20 @@ import json
 import os
 
 from launcher import container as contract
+from launcher.hosts import fewest
 from launcher.record import as_dict
-from launcher.run import Prepared, rank_launches
+from launcher.run import Prepared, first_start, rank_launches
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
     """All decisions as plain data; secrets in environment, hyperparameters and arguments are masked."""
     spec = prepared.spec
-    launches = rank_launches(prepared, 0)
+    launches = rank_launches(prepared, first_start(prepared))
     shared = {name: value for name, value in prepared.environ.items() if os.environ.get(name) != value}
     facts = spec.container
     return {
@@ -37,6 +39,15 @@ def describe(prepared: Prepared) -> dict[str, Any]:
             "sources": facts.sources,
         },
         "machine": {key: value for key, value in as_dict(prepared.machine).items() if key != "domains"},
+        "hosts": {
+            "source": spec.hosts.source,
+            "list": list(spec.hosts.hosts),
+            "this": spec.hosts.host,
+            "addresses": spec.hosts.addresses,
+            "needed": fewest(spec.settings, spec.hosts),
+            # Else every host counts its own, and the plan takes them to have as many as this one.
+            "slots_known": bool(spec.hosts.slots) or len(spec.hosts.hosts) == 1,
+        },
         "topology": as_dict(prepared.topology),
         "rendezvous": {
             "address": prepared.rendezvous.address,
@@ -74,7 +85,12 @@ def as_table(prepared: Prepared) -> str:
     )
     lines.append(f"  run directory   {plan['run_directory']}")
     lines.append(f"  rendezvous      {plan['rendezvous']['address']}:{plan['rendezvous']['port']}")
-    lines.append(f"  hosts           {', '.join(prepared.topology.hosts)} (this is {prepared.topology.host})")
+    hosts, topology = plan["hosts"], prepared.topology
+    lines.append(f"  hosts           {', '.join(topology.hosts)} (this is {topology.host}; from {hosts['source']})")
+    if len(topology.hosts) > 1:
+        lines.append(f"  ranks of hosts  {_ranks_of_hosts(topology.hosts, topology.slots)}")
+        if not hosts["slots_known"]:
+            lines.append("                  (if every host has as many as this one: each counts its own)")
     grace = plan["grace"]
     lines.append(
         f"  grace           {grace['after_failure_s']:g} s after a failure, {grace['on_stop_s']:g} s on a stop"
@@ -95,3 +111,13 @@ def as_table(prepared: Prepared) -> str:
         lines += ["", f"environment of rank {rank['rank']}"]
         lines += [f"  {name}={value}" for name, value in sorted(rank["environment"].items())]
     return "\n".join(lines)
+
+
+def _ranks_of_hosts(hosts: Sequence[str], slots: Sequence[int]) -> str:
+    """``a 0-7, b 8-11``."""
+    pieces, first = [], 0
+    for host, count in zip(hosts, slots, strict=True):
+        last = first + count - 1
+        pieces.append(f"{host} {first}" if count == 1 else f"{host} {first}-{last}")
+        first = last + 1
+    return ", ".join(pieces)

@@ -6,7 +6,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from launcher.verdict import ExitRecord, Verdict
+    from launcher.evidence import ExitRecord, Verdict
 
 _WIDTH = 60
 _HEAD_LINES = 4

@@ -6,13 +6,17 @@ import os
 import stat
 
 from launcher import container as contract
+from launcher import hosts as host_lists
+from launcher import ports
 from launcher import topology as topologies
 from launcher.engines import torch as engine
 from launcher.errors import ContractError, LauncherError, OutputError, UsageError
 from launcher.job import JobSpec, count_ranks, parse_map, parse_ranks
 from launcher.machine import Machine, probe
-from launcher.record import Record
-from launcher.supervisor.options import Display, HostPlan
+from launcher.record import Record, replace
+from launcher.supervisor.coordinator import Policy
+from launcher.supervisor.group import Alone, Start
+from launcher.supervisor.options import HostPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,14 +24,30 @@ if TYPE_CHECKING:
     from typing import Any
 
     from launcher.container import Paths, StaleMark
-    from launcher.topology import Topology
-    from launcher.verdict import Verdict
+    from launcher.evidence import Verdict
+    from launcher.supervisor.group import Group
+    from launcher.topology import RankPlace, Topology
 
 GRACE_AFTER_FAILURE_S = 30.0
+_NOT_FOR_RANKS = (
+    "LAUNCHER_SECRET",
+    # Left by a launcher above this one, or by torchrun: nothing of it is true for these ranks.
+    "LAUNCHER_STATUS_PAGE",
+    "LAUNCHER_RESULT",
+    "TORCHELASTIC_ERROR_FILE",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
 
 
 class Prepared(Record):
-    """All decisions on one host's part of a job; printed by ``plan``, run by :func:`execute`."""
+    """All decisions on one host's part of a job; printed by ``plan``, run by :func:`execute`.
+
+    Attributes:
+        topology: with the slots that the host list gives, else with this host's for all. Of several hosts, the
+            leader tells the true ones when they have met.
+        rendezvous: as far as it is settled; port 0: one that is free.
+        console: by local rank, the streams that are shown (bit 0 stdout, bit 1 stderr).
+    """
 
     spec: JobSpec
     machine: Machine
@@ -36,7 +56,7 @@ class Prepared(Record):
     environ: dict[str, str]
     run_dir: str
     keep_logs: bool
-    displays: tuple[Display, ...]
+    console: tuple[int, ...]
     grace_failure_s: float
     grace_stop_s: float
 
@@ -48,19 +68,14 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
         UsageError: an option does not fit the host.
     """
     machine = probe(environ)
-    resources = spec.container.resources
-    ranks = count_ranks(spec.settings["nproc_per_node"], machine.gpus, machine.neurons, len(machine.cpus))
-    hosts = topologies.choose_hosts(
-        resources.hosts,
-        spec.container.distribution_hosts,
-        resources.current_host,
-        spec["standalone"],
-        spec["nnodes"],
-    )
+    hosts = spec.hosts
+    counted = count_ranks(spec.settings["nproc_per_node"], machine.gpus, machine.neurons, len(machine.cpus))
+    slots = host_lists.slots(hosts, counted, spec.settings["nproc_per_node"])
+    ranks = slots[hosts.host_rank]
     bound = spec["affinity"] == "split"
     shares = topologies.share_cpus(machine.cpus, ranks, machine.domains) if bound else ((),) * ranks
     threads = topologies.threads_for(len(machine.cpus), machine.quota, ranks)
-    topology = topologies.plan(hosts, resources.current_host, ranks, shares, threads)
+    topology = topologies.plan(hosts.hosts, hosts.host, slots, shares, threads)
     rendezvous = _rendezvous(spec, topology)
     run_dir, keep_logs = _run_directory(spec)
     grace = spec["grace"]
@@ -76,41 +91,50 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
         environ=_shared_environ(spec, environ, machine, topology, run_dir),
         run_dir=run_dir,
         keep_logs=keep_logs,
-        displays=_displays(spec, topology),
+        console=_console(spec, topology),
         grace_failure_s=GRACE_AFTER_FAILURE_S if grace is None else grace,
         grace_stop_s=spec["stop_timeout"] - spec["stop_reserve"] if grace is None else grace,
     )
 
 
-def execute(prepared: Prepared, *, handle_signals: bool = True, library: bool = False) -> Verdict:
-    """Runs the job on this host, writes its failure (or success) file and prints the summary.
+def execute(
+    prepared: Prepared, environ: Mapping[str, str], *, handle_signals: bool = True, library: bool = False
+) -> Verdict:
+    """Runs this host's part of the job, writes its failure (or success) file and prints the summary.
 
     Args:
+        environ: as given to :func:`prepare`; the job's secret may be in it.
         handle_signals: take SIGTERM and the like; only possible in a main thread.
         library: the calling process goes on afterwards.
 
     Raises:
         OutputError: the run directory cannot be made.
         InternalError: the guardian cannot be started.
+        ClusterError, RefusedError: the hosts of the job did not come together.
     """
     from launcher.supervisor.supervisor import Supervisor
 
     spec = prepared.spec
     stale = contract.note_stale(spec.container.paths)
     _make_run_directory(prepared.run_dir)
-    reserved = _reserve_port(prepared.rendezvous, prepared.topology)
-    prepared = _with_port(prepared, reserved[0])
-    supervisor = Supervisor(_host_plan(prepared, handle_signals, library))
+    leads = prepared.topology.host_rank == 0
+    reserved = ports.reserve(prepared.rendezvous.port) if leads else ports.Reserved(0, (), ())
+    try:
+        supervisor = Supervisor(
+            _host_plan(prepared, handle_signals, library), lambda say: _group(prepared, environ, reserved.port, say)
+        )
+    except LauncherError:
+        _release(reserved)
+        raise
     try:
         if spec.made_tree:
             supervisor.say(f"job tree: {spec.container.paths.base}")
-        for line in (*reserved[2], *(f"stale file not removed: {line}" for line in stale.kept)):
+        for line in (*reserved.lines, *(f"stale file not removed: {line}" for line in stale.kept)):
             supervisor.say(line)
         verdict = supervisor.run()
         _conclude(prepared, verdict, stale, supervisor.say)
     finally:
-        for held in reserved[1]:
-            held.close()
+        _release(reserved)
         supervisor.close()
     if not library:  # its caller is given the paths
         _clear_run_directory(prepared, verdict)
@@ -199,8 +223,7 @@ def _shared_environ(
 ) -> dict[str, str]:
     """What all ranks of this host share."""
     shared = dict(environ)
-    # Left by a launcher above this one, or by torchrun: nothing of it is true for these ranks.
-    for name in ("LAUNCHER_STATUS_PAGE", "LAUNCHER_RESULT", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_USE_AGENT_STORE"):
+    for name in _NOT_FOR_RANKS:
         shared.pop(name, None)
     shared.update(
         contract.sm_environment(
@@ -221,122 +244,117 @@ def _shared_environ(
     return shared
 
 
-def _displays(spec: JobSpec, topology: Topology) -> tuple[Display, ...]:
+def _console(spec: JobSpec, topology: Topology) -> tuple[int, ...]:
     count = len(topology.local)
     redirects = parse_map(spec["redirects"], "redirects", count)
     tee = parse_map(spec["tee"], "tee", count)
     chosen = spec["local_ranks_filter"]
     shown = parse_ranks(chosen, "local_ranks_filter", count) if chosen else range(count)
-    template = spec["log_prefix"]
-    if template == "auto":
-        template = "[${host} r${rank} l${local_rank}] " if topology.world_size > 1 else ""
-    elif template:
-        template = template.rstrip(" ") + " "
-    displays = []
     for place in topology.local:
-        prefix = template
-        for name, value in (
-            ("host", place.host),
-            ("rank", place.rank),
-            ("local_rank", place.local_rank),
-            ("role_name", spec["role"]),
-        ):
-            prefix = prefix.replace("${" + name + "}", str(value))
-        console = (3 & ~redirects[place.local_rank]) | tee[place.local_rank]
-        if "${" in prefix:
-            raise UsageError(f"log_prefix {template!r}: unknown name; there are host, rank, local_rank and role_name")
-        displays.append(Display(prefix, console if place.local_rank in shown else 0))
-    return tuple(displays)
+        _prefix(spec, place, topology.world_size)  # a mistake in the template must not wait for the start
+    return tuple(
+        (3 & ~redirects[local_rank]) | tee[local_rank] if local_rank in shown else 0 for local_rank in range(count)
+    )
 
 
-def _reserve_port(rendezvous: engine.Rendezvous, topology: Topology) -> tuple[int, tuple[Any, ...], tuple[str, ...]]:
-    """The port for rank 0, what keeps other launchers from it, and lines to say.
+def _prefix(spec: JobSpec, place: RankPlace, world_size: int) -> str:
+    """What stands before each line of a rank."""
+    prefix = spec["log_prefix"]
+    if prefix == "auto":
+        prefix = "[${host} r${rank} l${local_rank}] " if world_size > 1 else ""
+    elif prefix:
+        prefix = prefix.rstrip(" ") + " "
+    for name, value in (
+        ("host", place.host),
+        ("rank", place.rank),
+        ("local_rank", place.local_rank),
+        ("role_name", spec["role"]),
+    ):
+        prefix = prefix.replace("${" + name + "}", str(value))
+    if "${" in prefix:
+        template = spec["log_prefix"]
+        raise UsageError(f"log_prefix {template!r}: unknown name; there are host, rank, local_rank and role_name")
+    return str(prefix)
 
-    Nothing may be bound to the port when rank 0 binds it (it may not set SO_REUSEADDR), so the port is taken from
-    outside of the range that the kernel hands out by itself, and a name in the abstract namespace (of this network
-    namespace, like the port) claims it among launchers; the name goes away with its descriptor.
+
+def _release(reserved: ports.Reserved) -> None:
+    for claim in reserved.claims:
+        claim.close()
+
+
+def rank_launches(
+    prepared: Prepared, start: Start, say: Callable[[str], None] | None = None
+) -> list[engine.RankLaunch]:
+    """The command and environment of each local rank in one attempt.
+
+    Args:
+        say: takes a line about the network, if there is one to be said.
     """
-    if len(topology.hosts) > 1:
-        return rendezvous.port, (), ()  # the first host alone could tell; a port they all know is used
-    import _socket  # the socket module imports selectors and enum; only its C part is needed here
+    spec, here = prepared.spec, prepared.topology
+    cpus = tuple(place.cpus for place in here.local)
+    topology = topologies.plan(start.hosts, here.host, start.slots, cpus, here.threads_per_rank)
+    environ = prepared.environ
+    if len(start.hosts) > 1:
+        from launcher.engines.network import network_environ
 
-    lines: tuple[str, ...] = ()
-    for port in (rendezvous.port, *_candidate_ports()):
-        if not port:
-            continue
-        claim = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-        probe_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-        probe_socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-        try:
-            claim.bind(f"\0launcher-master-port-{port}")
-            probe_socket.bind(("0.0.0.0", port))
-        except OSError as error:
-            claim.close()
-            if port == rendezvous.port:
-                lines = (f"MASTER_PORT {port} cannot be had ({error.strerror})",)
-            continue
-        finally:
-            probe_socket.close()
-        # The ranks learn the port from us, so another one serves as well.
-        return port, (claim,), tuple(f"{line}; using {port}" for line in lines)
-    raise OutputError("no free port for rank 0 in 64 tries; give --master-port")
-
-
-def _candidate_ports() -> list[int]:
-    """Ports that the kernel does not give to connections (net.ipv4.ip_local_port_range), in random order."""
-    try:
-        with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
-            low, high = (int(word) for word in file.read().split())
-    except (OSError, ValueError):
-        low, high = 32768, 60999
-    # Below the range from 10000 on; where it begins lower, above it; where it is everything, anywhere.
-    first, last = (10000, low) if low > 12000 else (high + 1, 65536) if high < 63000 else (10000, 65536)
-    random = os.urandom(128)
-    return [first + int.from_bytes(random[at : at + 2], "little") % (last - first) for at in range(0, 128, 2)]
-
-
-def _with_port(prepared: Prepared, port: int) -> Prepared:
-    from launcher.record import replace
-
-    return replace(prepared, rendezvous=replace(prepared.rendezvous, port=port))
-
-
-def rank_launches(prepared: Prepared, attempt: int) -> list[engine.RankLaunch]:
-    """The command and environment of each local rank in one attempt."""
-    spec = prepared.spec
+        wanted = spec.container.resources.network_interface_name
+        log = say or (lambda line: None)
+        environ = {**environ, **network_environ(spec["interface"], wanted, start.local_address, environ, log)}
     return [
         engine.launch_of(
             place,
-            prepared.topology,
+            topology,
             spec.entry,
-            prepared.rendezvous,
-            prepared.environ,
+            engine.Rendezvous(start.address, start.port),
+            environ,
             run_id=spec.run_id,
             run_dir=prepared.run_dir,
-            attempt=attempt,
+            attempt=start.attempt,
             max_restarts=spec["max_restarts"],
             role=spec["role"],
             virtual_local_rank=spec["virtual_local_rank"],
             keep_logs=prepared.keep_logs,
+            prefix=_prefix(spec, place, topology.world_size),
+            console=prepared.console[place.local_rank],
         )
-        for place in prepared.topology.local
+        for place in topology.local
     ]
+
+
+def first_start(prepared: Prepared) -> Start:
+    """The first attempt as far as it is known before the hosts have met."""
+    topology, rendezvous = prepared.topology, prepared.rendezvous
+    return Start(0, topology.hosts, topology.slots, rendezvous.address, rendezvous.port)
+
+
+def _group(prepared: Prepared, environ: Mapping[str, str], port: int, say: Callable[[str], None]) -> Group:
+    spec, topology = prepared.spec, prepared.topology
+    policy = Policy(
+        max_restarts=spec["max_restarts"],
+        crash_loop_s=spec["crash_loop_s"],
+        early_exit=spec["early_exit"],
+        hang_timeout_s=spec["hang_timeout"],
+        min_hosts=0 if len(topology.hosts) < 2 else host_lists.fewest(spec.settings, spec.hosts),
+    )
+    if len(topology.hosts) < 2:
+        first = replace(first_start(prepared), port=port)
+        return Alone(policy, spec.entry.name, lambda attempt: replace(first, attempt=attempt))
+    from launcher.joining import join
+
+    return join(spec, policy, len(topology.local), environ, port, say)
 
 
 def _host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostPlan:
     spec = prepared.spec
+    alone = prepared.topology.world_size == 1
     return HostPlan(
         host=prepared.topology.host,
-        program=spec.entry.name,
         run_dir=prepared.run_dir,
-        launches=lambda attempt: rank_launches(prepared, attempt),
-        displays=prepared.displays,
+        launches=lambda start, say: rank_launches(prepared, start, say),
         cap_bytes=spec["log_max_mb"] << 20,
-        raw=prepared.topology.world_size == 1 and not prepared.displays[0].prefix,
+        raw=alone and not _prefix(spec, prepared.topology.local[0], 1),
         grace_failure_s=prepared.grace_failure_s,
         grace_stop_s=prepared.grace_stop_s,
-        max_restarts=spec["max_restarts"],
-        crash_loop_s=spec["crash_loop_s"],
         hang_timeout_s=spec["hang_timeout"],
         early_exit=spec["early_exit"],
         preload=spec["preload"],

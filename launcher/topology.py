@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from launcher.errors import UsageError
 from launcher.record import Record
 
 TYPE_CHECKING = False
@@ -32,59 +31,41 @@ class Topology(Record):
     threads_per_rank: int
 
 
-def plan(hosts: Sequence[str], host: str, slots: int, cpus: Sequence[Sequence[int]], threads_per_rank: int) -> Topology:
-    """The topology seen from ``host``, with ``slots`` ranks on every host.
+def plan(
+    hosts: Sequence[str],
+    host: str,
+    slots: Sequence[int],
+    cpus: Sequence[Sequence[int]],
+    threads_per_rank: int,
+) -> Topology:
+    """The topology seen from ``host``. Slots need not be equal: 8 ranks here, 4 there.
 
     Args:
+        slots: the number of ranks of each host, in the order of ``hosts``.
         cpus: for each local rank, the CPUs it is bound to; an empty sequence for none.
+        threads_per_rank: OMP_NUM_THREADS of this host's ranks.
     """
     host_rank = list(hosts).index(host)
+    first = sum(slots[:host_rank])
     places = tuple(
         RankPlace(
-            rank=host_rank * slots + local_rank,
+            rank=first + local_rank,
             local_rank=local_rank,
             host=host,
             host_rank=host_rank,
             cpus=tuple(cpus[local_rank]),
         )
-        for local_rank in range(slots)
+        for local_rank in range(slots[host_rank])
     )
     return Topology(
         hosts=tuple(hosts),
         host=host,
         host_rank=host_rank,
-        slots=(slots,) * len(hosts),
-        world_size=slots * len(hosts),
+        slots=tuple(slots),
+        world_size=sum(slots),
         local=places,
         threads_per_rank=threads_per_rank,
     )
-
-
-def choose_hosts(
-    listed: Sequence[str], training: Sequence[str], host: str, standalone: bool, nnodes: str
-) -> tuple[str, ...]:
-    """The hosts that form this job's group.
-
-    Args:
-        listed: all hosts of the container's host list.
-        training: those of the instance groups that train together; a host outside of them trains alone.
-        nnodes: torchrun's expectation, ``N`` or ``MIN:MAX``; empty for none.
-
-    Raises:
-        UsageError: the host list disagrees with ``nnodes``.
-    """
-    if standalone:
-        return (host,)
-    hosts = tuple(training) if host in training else (host,)
-    if nnodes:
-        low, _, high = nnodes.partition(":")
-        if not low.isdigit() or (high and not high.isdigit()):
-            raise UsageError(f"nnodes is {nnodes!r}; expected N or MIN:MAX")
-        if not int(low) <= len(hosts) <= int(high or low):
-            raise UsageError(
-                f"nnodes is {nnodes}, but the host list has {len(hosts)} of {len(listed)}: {', '.join(hosts)}"
-            )
-    return hosts
 
 
 def share_cpus(

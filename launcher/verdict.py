@@ -1,8 +1,8 @@
 """From how every rank ended to one root cause, its text and its exit code. Pure.
 
 Words: a *culprit* failed of itself; a *victim* was ended by the launcher, or failed because another rank was gone.
-Times are CLOCK_MONOTONIC nanoseconds of one host. A rank's time of failure is the moment its exception left the
-script, if it could say so, else the moment its process ended: a slow teardown must not make it look innocent.
+Times are of one clock. A rank's time of failure is the moment its exception left the script, if it could say so, else
+the moment its process ended: a slow teardown must not make it look innocent.
 """
 
 from __future__ import annotations
@@ -12,168 +12,55 @@ import signal
 
 from launcher import errors
 from launcher.causes import PEER_LOST, known_cause, signal_reason
-from launcher.record import Record
+from launcher.evidence import SIGNAL, Evidence, ExitRecord, LostHost, Verdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-EXIT, SIGNAL = "exit", "signal"
-FINISHED_PHASE = 3
 # FailureReason of the platform shows this many characters of output/failure.
 HEAD_CHARACTERS = 1024
 _TAIL_LINES = 20
+# A host's heartbeat comes once a second: when it was last heard is known that well.
+_HEARTBEAT_NS = 1_000_000_000
 
 
-class ExitRecord(Record):
-    """How one rank ended.
-
-    Attributes:
-        how, value: ``exit`` and the code, or ``signal`` and its number.
-        ended_ns: when its process ended; failed_ns: when its exception was recorded, else ended_ns.
-        told_ns: when the launcher first signalled it; 0: never.
-        message, where, traceback, thread: from its error file; "" without one.
-        phase: of its status page; None for ranks that keep none (binaries, shell scripts).
-        max_rss_kib: peak resident memory of the rank itself, KiB.
-    """
-
-    host: str
-    rank: int
-    local_rank: int
-    pid: int
-    how: str
-    value: int
-    ended_ns: int
-    failed_ns: int
-    told_ns: int = 0
-    was_stopped: bool = False
-    message: str = ""
-    where: str = ""
-    traceback: str = ""
-    thread: str = ""
-    timestamp: int = 0
-    phase: int | None = None
-    steps: int = 0
-    max_rss_kib: int = 0
-    cpu_s: float = 0.0
-    stdout_tail: str = ""
-    stderr_tail: str = ""
-    error_file: str = ""
-    note: str = ""
-
-    @property
-    def failed(self) -> bool:
-        """Whether it did not end with code 0."""
-        return self.how == SIGNAL or self.value != 0
-
-    @property
-    def left_early(self) -> bool:
-        """Whether it ended with 0 in the middle of its script, as os._exit(0) does."""
-        return not self.failed and self.phase is not None and self.phase != FINISHED_PHASE and not self.told_ns
-
-    @property
-    def told_first(self) -> bool:
-        """Whether it failed after the launcher's signal. What a thread raised before, it had survived until then."""
-        return bool(self.told_ns) and (self.failed_ns >= self.told_ns or bool(self.thread))
-
-    @property
-    def cut_short(self) -> bool:
-        """Whether its own exception came first, and the launcher's signal ended it in its teardown."""
-        return self.how == SIGNAL and bool(self.told_ns) and not self.told_first
-
-    @property
-    def exit_code(self) -> int:
-        """The code a shell would show: its own, or 128 plus the signal; Python's for an exception that we cut short."""
-        if self.cut_short:
-            return 1
-        return 128 + self.value if self.how == SIGNAL else self.value
-
-
-class LostChild(Record):
-    """A helper process of a rank that vanished when the cgroup counted an OOM kill."""
-
-    rank: int
-    pid: int
-    command: str
-    rss_kib: int
-
-
-class Evidence(Record):
-    """What the host knows beside the ranks' ends.
-
-    Attributes:
-        stop_signal: the signal that asked the job to stop; 0: none. forced: a second one ended the grace.
-        hang: what the hang watch found, "" for no hang; hang_rank: the rank it suspects.
-        oom_kills: OOM kills that the cgroup counted during this attempt.
-        memory_limit, memory_peak: of the cgroup, bytes; 0: no limit, unknown.
-        shm_total, shm_free: /dev/shm when the first rank failed, bytes.
-        memory_trends: rank -> how its memory grew, in words.
-        lost_children: helpers of ranks that were gone when the OOM kill was counted.
-        launcher_error: what went wrong in the launcher itself, "" for nothing; launcher_code: the exit code for it.
-    """
-
-    stop_signal: int = 0
-    forced: bool = False
-    hang: str = ""
-    hang_rank: int | None = None
-    oom_kills: int = 0
-    memory_limit: int = 0
-    memory_peak: int = 0
-    shm_total: int = 0
-    shm_free: int = 0
-    lost_children: tuple[LostChild, ...] = ()
-    memory_trends: dict[int, str] = {}
-    launcher_error: str = ""
-    launcher_code: int = errors.EXIT_INTERNAL
-    early_exit_ok: bool = False
-
-
-class Verdict(Record):
-    """The outcome of a job (or of one attempt).
-
-    Attributes:
-        kind: success, rank, early-exit, stopped, hang or launcher.
-        headline: the one line; text: what goes into output/failure ("" on success).
-        culprit: the culprit's record, if a rank is to blame.
-        victims: rank -> why it is one.
-        attempt: number of the attempt that this is the verdict on.
-    """
-
-    kind: str
-    exit_code: int
-    headline: str
-    text: str = ""
-    culprit: ExitRecord | None = None
-    victims: dict[int, str] = {}
-    records: tuple[ExitRecord, ...] = ()
-    evidence: Evidence = Evidence()
-    attempt: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """Whether the job succeeded."""
-        return self.exit_code == 0
-
-
-def judge(records: Sequence[ExitRecord], evidence: Evidence, program: str = "") -> Verdict:
+def judge(
+    records: Sequence[ExitRecord],
+    evidence: Evidence,
+    program: str = "",
+    by_host: Mapping[str, Evidence] | None = None,
+) -> Verdict:
     """The verdict on one attempt of all ranks of a job.
 
     Args:
-        records: one for each rank that was started.
+        records: one for each rank that was started; their times are of one clock.
+        evidence: what is known of all hosts together.
         program: what the user calls the job's script, for the text.
+        by_host: of several hosts, what each knows of its memory and the like; None: ``evidence`` says that too.
     """
     ordered = tuple(sorted(records, key=lambda record: record.rank))
     if evidence.launcher_error:
         code = evidence.launcher_code
         return _finish("launcher", code, evidence.launcher_error, None, {}, ordered, evidence, program)
     victims = _victims(ordered)
-    culprit = _culprit(ordered, victims, evidence)
-    if evidence.hang and (culprit is None or culprit.rank in victims):
+    culprit = _aborted(ordered, evidence) or _culprit(ordered, victims, evidence)
+    own = evidence if culprit is None or by_host is None else by_host.get(culprit.host, evidence)
+    innocent = culprit is None or culprit.rank in victims
+    lost = _lost_first(evidence, None if innocent else culprit)
+    if lost is not None:
+        return _finish("host", errors.EXIT_CLUSTER, _loss(lost), None, victims, ordered, evidence, program)
+    if evidence.cut_links and innocent:
+        pairs = "; ".join(f"{first} and {second} cannot reach each other" for first, second in evidence.cut_links[:8])
+        headline = f"the network is cut: {pairs}" + (f" ({evidence.hang})" if evidence.hang else "")
+        return _finish("network", errors.EXIT_CLUSTER, headline, None, victims, ordered, evidence, program)
+    if evidence.hang and innocent:
         suspect = next((record for record in ordered if record.rank == evidence.hang_rank), None)
         return _finish("hang", errors.EXIT_HANG, evidence.hang, suspect, victims, ordered, evidence, program)
     if culprit is not None and (not evidence.stop_signal or culprit.rank not in victims):
-        headline = f"{_name(culprit)} {_what(culprit, evidence)}"
-        return _finish("rank", culprit.exit_code or 1, headline, culprit, victims, ordered, evidence, program)
+        code = evidence.aborted_code if culprit.rank == evidence.aborted_rank else culprit.exit_code
+        headline = f"{_name(culprit)} {_what(culprit, own, evidence)}"
+        return _finish("rank", code or 1, headline, culprit, victims, ordered, evidence, program, own)
     early = [record for record in ordered if record.left_early]
     # The last one to leave deserted nobody; and when all leave so, it is the script's way to end.
     deserted = any(not other.left_early and other.ended_ns > record.ended_ns for record in early for other in ordered)
@@ -185,6 +72,26 @@ def judge(records: Sequence[ExitRecord], evidence: Evidence, program: str = "") 
         what = "the ranks were stopped, and nothing says why" if ordered else "no rank was started"
         return _finish("launcher", errors.EXIT_INTERNAL, what, None, victims, ordered, evidence, program)
     return Verdict("success", 0, f"all {len(ordered)} ranks ended with 0", records=ordered, evidence=evidence)
+
+
+def _aborted(records: Sequence[ExitRecord], evidence: Evidence) -> ExitRecord | None:
+    """The rank that called MPI_Abort: the library's own word, whatever ended first in the rush that follows."""
+    return next((record for record in records if record.rank == evidence.aborted_rank and record.failed), None)
+
+
+def _lost_first(evidence: Evidence, culprit: ExitRecord | None) -> LostHost | None:
+    """The first host that was lost, unless ``culprit`` failed before that."""
+    if not evidence.lost_hosts:
+        return None
+    first = min(evidence.lost_hosts, key=lambda lost: lost.heard_ns)
+    if culprit is not None and culprit.failed_ns <= first.heard_ns + (_HEARTBEAT_NS if first.silent else 0):
+        return None
+    return first
+
+
+def _loss(lost: LostHost) -> str:
+    ranks = f" (rank {', '.join(map(str, lost.ranks[:16]))}{', ...' if len(lost.ranks) > 16 else ''})"
+    return f"{lost.host}{ranks if lost.ranks else ''} {lost.how}"
 
 
 def _victims(records: Sequence[ExitRecord]) -> dict[int, str]:
@@ -250,9 +157,12 @@ def _finish(
     records: tuple[ExitRecord, ...],
     evidence: Evidence,
     program: str,
+    own: Evidence | None = None,
 ) -> Verdict:
+    """``own``: what the culprit's host knows, where that is more than ``evidence``."""
     others = {rank: why for rank, why in victims.items() if culprit is None or rank != culprit.rank}
-    text = _text(kind, exit_code, headline, culprit, others, records, evidence, program)
+    text = _text(kind, exit_code, headline, culprit, others, records, own or evidence, program)
+    text += _clock_lines(evidence, culprit, records)
     return Verdict(kind, exit_code, headline, text, culprit, others, records, evidence)
 
 
@@ -271,8 +181,29 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _what(record: ExitRecord, evidence: Evidence) -> str:
-    """What the culprit did, to follow its name in a sentence."""
+def _clock_lines(evidence: Evidence, culprit: ExitRecord | None, records: Sequence[ExitRecord]) -> str:
+    """How well the order of events on several hosts is known; "" for one host."""
+    clocks = {clock.host: clock for clock in evidence.clocks}
+    hosts = {record.host for record in records if record.failed} & clocks.keys()
+    lines: list[str] = []
+    for clock in [clocks[host] for host in sorted(hosts)][:8]:
+        offset, known = clock.offset_ns / 1e9, clock.uncertainty_ns / 1e6
+        lines.append(f"clock of {clock.host}: {offset:+.6f} s against the first host's, known to {known:.3f} ms\n")
+    if culprit is not None:
+        doubt = clocks[culprit.host].uncertainty_ns if culprit.host in clocks else 0
+        for record in records:
+            if not record.failed or record.told_first or record.host == culprit.host:
+                continue
+            spread = doubt + (clocks[record.host].uncertainty_ns if record.host in clocks else 0)
+            if abs(record.failed_ns - culprit.failed_ns) <= spread:
+                lines.append(f"rank {record.rank} on {record.host} failed at the same time, as far as clocks tell\n")
+    return "".join(lines)
+
+
+def _what(record: ExitRecord, evidence: Evidence, group: Evidence) -> str:
+    """What the culprit did, to follow its name in a sentence. ``evidence`` is its host's."""
+    if record.rank == group.aborted_rank:
+        return f"called MPI_Abort({group.aborted_code})" + (f": {_first_line(record)}" if record.message else "")
     by_signal = record.how == SIGNAL and not record.cut_short
     name = _signal_name(record.value) if by_signal else ""
     if by_signal and record.value == signal.SIGKILL and evidence.oom_kills:

@@ -92,23 +92,43 @@ ALLOWED: dict[str, set[str]] = {
     "launcher.record": set(),
     "launcher.errors": set(),
     "launcher.causes": set(),
+    "launcher.evidence": {"launcher.errors", "launcher.record"},
+    "launcher.ports": {"launcher.errors", "launcher.record"},
+    "launcher.interfaces": set(),
+    "launcher.hosts": {"launcher.errors", "launcher.interfaces", "launcher.record"},
     "launcher.topology": {"launcher.errors", "launcher.record"},
-    "launcher.verdict": {"launcher.errors", "launcher.causes", "launcher.record"},
+    "launcher.verdict": {"launcher.errors", "launcher.causes", "launcher.evidence", "launcher.record"},
     "launcher.report": {"launcher.errors", "launcher.record"},
     "launcher.machine": {"launcher.record"},
     "launcher.options": {"launcher.errors", "launcher.record"},
     "launcher.container": {"launcher.errors", "launcher.record"},
-    "launcher.engines": {"launcher.record", "launcher.errors", "launcher.topology"},
-    "launcher.supervisor": {"launcher.errors", "launcher.record", "launcher.verdict", "launcher._native"},
+    "launcher.engines": {"launcher.record", "launcher.errors", "launcher.interfaces", "launcher.topology"},
+    "launcher.supervisor": {
+        "launcher.errors",
+        "launcher.evidence",
+        "launcher.record",
+        "launcher.verdict",
+        "launcher._native",
+    },
+    "launcher.cluster": {
+        "launcher._version",
+        "launcher.errors",
+        "launcher.evidence",
+        "launcher.record",
+        "launcher.supervisor",
+        "launcher.verdict",
+    },
     "launcher.rank": {"launcher.errors", "launcher.record", "launcher.machine", "launcher._native"},
     "launcher.job": {
         "launcher.container",
         "launcher.errors",
+        "launcher.hosts",
+        "launcher.interfaces",
         "launcher.options",
         "launcher.record",
         "launcher.topology",
     },
-    "launcher.plan": {"launcher.container", "launcher.record", "launcher.run"},
+    "launcher.plan": {"launcher.container", "launcher.hosts", "launcher.record", "launcher.run"},
 }
 
 
@@ -127,11 +147,12 @@ def test_imports_point_one_way(unit: str) -> None:
 @pytest.mark.parametrize("unit", ["launcher.cli", "launcher.api", "launcher.run", "launcher.plan", "launcher.job"])
 def test_nothing_below_imports_what_is_on_top(unit: str) -> None:
     below = {"launcher.container", "launcher.engines", "launcher.supervisor", "launcher.rank", "launcher.topology"}
+    below |= {"launcher.cluster", "launcher.hosts"}
     guilty = [module_name(path) for path in files() if matches(module_name(path), below) and unit in ours(path)]
     assert not guilty
 
 
-@pytest.mark.parametrize("name", ["verdict", "causes", "topology", "errors", "record"])
+@pytest.mark.parametrize("name", ["verdict", "evidence", "causes", "topology", "errors", "record"])
 def test_pure_modules_touch_nothing(name: str) -> None:
     impure = {"os", "subprocess", "socket", "_socket", "select", "pathlib", "shutil", "tempfile", "time", "threading"}
     assert not imports(PACKAGE / f"{name}.py") & impure

@@ -318,7 +318,7 @@ def test_options_of_torchrun_without_effect_are_said(job: Any) -> None:
     )
     assert job.run("--nnodes=1", "--node-rank=0", *arguments, "train.py", "x") == 0, job.output()
     assert seen(job)["argv"] == ["train.py", "x"]
-    for option in ("--rdzv-backend", "--rdzv_endpoint", "--monitor-interval", "--start-method"):
+    for option in ("--rdzv-backend", "--rdzv-endpoint", "--monitor-interval", "--start-method"):
         assert sum(f"{option} has no effect" in line for line in job.stderr.splitlines()) == 1
 
 

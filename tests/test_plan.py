@@ -137,6 +137,93 @@ def test_several_hosts_are_planned_from_each(job: Any) -> None:
         assert found["rendezvous"] == {"address": "algo-1", "port": 7777}
 
 
+def test_unequal_hosts(job: Any) -> None:
+    """Row 37: 8 ranks here, 4 there; which ranks are where is shown."""
+    job.script("")
+    arguments = ("--hosts", "a:8,b:4,c:1", "--host", "b", "train.py")
+    found = plan(job, *arguments)
+    assert found["topology"]["slots"] == [8, 4, 1]
+    assert found["topology"]["world_size"] == 13
+    assert [place["rank"] for place in found["topology"]["local"]] == [8, 9, 10, 11]
+    assert [rank["environment"]["LOCAL_RANK"] for rank in found["ranks"]] == ["0", "1", "2", "3"]
+    assert found["hosts"] == {
+        "source": "option --hosts",
+        "list": ["a", "b", "c"],
+        "this": "b",
+        "addresses": {},
+        "needed": 3,
+        "slots_known": True,
+    }
+    assert found["environment"]["SM_HOSTS"] == '["a","b","c"]'
+    assert found["environment"]["SM_CURRENT_HOST"] == "b"
+    assert job.run("plan", *arguments) == 0
+    assert "  hosts           a, b, c (this is b; from option --hosts)\n" in job.stdout
+    assert "  ranks of hosts  a 0-7, b 8-11, c 12\n" in job.stdout
+
+
+def test_slots_of_a_list_and_nproc_per_node_must_agree(job: Any) -> None:
+    job.script("")
+    assert job.run("plan", "--hosts", "a:8,b:4", "--host", "b", "-n", "8", "train.py") == 64
+    assert "nproc_per_node is 8 (from command line), but option --hosts gives b 4 slots" in job.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "source", "host_rank"),
+    [
+        (("--hostfile", "list"), {}, "hostfile list", 1),
+        ((), {"LAUNCHER_HOSTS": "203.0.113.1,127.0.0.1"}, "environment LAUNCHER_HOSTS", 1),
+        ((), {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "203.0.113.1"}, "PET_*", 1),
+        ((), {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NODEID": "0"}, "Slurm", 0),
+        (
+            ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29400"),
+            {},
+            "torchrun's options (--nnodes, --rdzv-endpoint)",
+            0,
+        ),
+        (
+            ("--nnodes=2", "--master-addr=203.0.113.1"),
+            {"JOB_COMPLETION_INDEX": "1"},
+            "Kubernetes index",
+            1,
+        ),
+    ],
+)
+def test_source_of_the_hosts(
+    job: Any, arguments: tuple[str, ...], env: dict[str, str], source: str, host_rank: int
+) -> None:
+    job.script("")
+    (job.directory / "list").write_text("203.0.113.1\n127.0.0.1  # this one\n")
+    found = plan(job, "-n", "2", *arguments, "train.py", env=env)
+    assert found["hosts"]["source"] == source
+    assert found["topology"]["host_rank"] == host_rank
+    assert found["topology"]["world_size"] == 4
+    assert found["hosts"]["slots_known"] is False
+    # The tree that is made says the same as the list.
+    assert json.loads(found["environment"]["SM_HOSTS"]) == found["hosts"]["list"]
+    assert found["environment"]["SM_CURRENT_HOST"] == found["hosts"]["this"]
+
+
+def test_hosts_of_the_platform_train_together(job: Any) -> None:
+    """The platform lists groups in every job; only named ones leave hosts out."""
+    hosts = ["algo-1", "algo-2"]
+    group = {"instance_group_name": "homogeneousCluster", "instance_type": "ml.m5.xlarge", "hosts": hosts}
+    resources = {
+        "current_host": "algo-2",
+        "hosts": hosts,
+        "current_group_name": "homogeneousCluster",
+        "instance_groups": [group],
+        "topology": [{"hostName": "algo-1", "capacityUnitId": "u1"}, {"hostName": "algo-2", "capacityUnitId": "u1"}],
+    }
+    job.tree({"sagemaker_program": "train.py"}, resources=resources)
+    job.script("", "opt-ml/code/train.py")
+    assert plan(job)["topology"]["hosts"] == hosts
+    together = plan(job, "opt-ml/code/train.py")
+    assert together["topology"]["hosts"] == hosts
+    assert json.loads(together["environment"]["SM_TOPOLOGY"]) == resources["topology"]
+    job.tree({"sagemaker_program": "train.py", "sagemaker_torch_distributed_enabled": True}, resources=resources)
+    assert plan(job)["topology"]["hosts"] == hosts
+
+
 def test_errors_of_a_plan(job: Any) -> None:
     job.script("")
     assert job.run("plan", "-n", "0", "train.py") == 64

@@ -46,9 +46,9 @@ def test_constants_agree(shim: ModuleType) -> None:
     assert pages._PHASE_OFFSET == status.PHASE_OFFSET
     assert pages._PAGE_BYTES == status.PAGE_SIZE
     assert watch._RUNNING_PHASE == status.RUNNING
-    from launcher import verdict
+    from launcher import evidence
 
-    assert verdict.FINISHED_PHASE == status.FINISHED
+    assert evidence.FINISHED_PHASE == status.FINISHED
     assert shim.STACK_SIGNAL == watch._STACK_SIGNAL
 
 

@@ -24,7 +24,10 @@ DEFAULT_PORT = 7777
 
 
 class RankLaunch(Record):
-    """Everything needed to start one rank. Paths are "" where nothing is to be written."""
+    """Everything needed to start one rank. Paths are "" where nothing is to be written.
+
+    ``console``: which streams are shown (bit 0 stdout, bit 1 stderr), each line after ``prefix``.
+    """
 
     rank: int
     local_rank: int
@@ -37,6 +40,8 @@ class RankLaunch(Record):
     error_file: str
     status_page: str
     booted: bool
+    prefix: str = ""
+    console: int = 3
 
 
 class Rendezvous(Record):
@@ -65,12 +70,15 @@ def launch_of(
     role: str,
     virtual_local_rank: bool,
     keep_logs: bool,
+    prefix: str = "",
+    console: int = 3,
 ) -> RankLaunch:
     """The launch of one rank in one attempt.
 
     Args:
         base_environ: what all ranks share: the caller's environment and the container contract's variables.
         keep_logs: whether output is written to files (``--log-dir /dev/null`` says no).
+        prefix, console: how output is shown.
     """
     directory = rank_directory(run_dir, attempt, place.local_rank)
     error_file = os.path.join(directory, "error.json")
@@ -106,6 +114,8 @@ def launch_of(
         error_file=error_file,
         status_page=status_page,
         booted=booted,
+        prefix=prefix,
+        console=console,
     )
 
 

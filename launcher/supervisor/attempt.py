@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.engines.torch import RankLaunch
+    from launcher.evidence import ExitRecord
+    from launcher.supervisor.group import Start
     from launcher.supervisor.options import HostPlan
-    from launcher.verdict import ExitRecord
 
 RUN, STOP, SWEEP, DONE = "run", "stop", "sweep", "done"
 SIGTERM, SIGKILL = 15, 9
@@ -32,13 +33,13 @@ _WAITING_LINE_S = 10.0
 class Attempt:
     """The state machine. ``records`` holds the ends seen so far, by local rank."""
 
-    def __init__(self, number: int, plan: HostPlan, guardian: Guardian, say: Callable[[str], None]) -> None:
-        self.number = number
+    def __init__(self, start: Start, plan: HostPlan, guardian: Guardian, say: Callable[[str], None]) -> None:
+        self.number = start.attempt
         self.plan = plan
         self.guardian = guardian
         self.say = say
         self.stage = RUN
-        self.launches: dict[int, RankLaunch] = {launch.local_rank: launch for launch in plan.launches(number)}
+        self.launches: dict[int, RankLaunch] = {launch.local_rank: launch for launch in plan.launches(start, say)}
         self.records: dict[int, ExitRecord] = {}
         self.pids: dict[int, int] = {}
         self.replaced: set[int] = set()  # local ranks that have become another program
@@ -47,7 +48,7 @@ class Attempt:
         self.launcher_error = ""
         self.launcher_code = EXIT_INTERNAL
         self.stuck: list[str] = []
-        self.on_first_failure: Callable[[], None] = lambda: None
+        self.on_record: Callable[[ExitRecord], None] = lambda record: None
         self._told_ns = 0
         self._deadline_s = 0.0
         self._line_at_s = 0.0
@@ -76,7 +77,6 @@ class Attempt:
         self, kind: str, slot: int, argv: list[str], environ: dict[str, str], directory: str, cpus: tuple[int, ...]
     ) -> None:
         launch = self.launches.get(slot)
-        display = self.plan.displays[slot] if launch else None
         self.guardian.send(
             *spawn_fields(
                 kind,
@@ -84,8 +84,8 @@ class Attempt:
                 directory=directory,
                 out_path=launch.stdout_path if launch else "",
                 err_path=launch.stderr_path if launch else "",
-                console=display.console if display else 3,
-                prefix=display.prefix if display else "[preload] ",
+                console=launch.console if launch else 3,
+                prefix=launch.prefix if launch else "[preload] ",
                 cpus=cpus,
                 argv=argv,
                 environ=environ,
@@ -186,6 +186,7 @@ class Attempt:
             self.records[slot] = record
             if record.note:
                 self.say(record.note)
+            self.on_record(record)
             if self.stage == RUN:
                 self._judge_end(record)
         if not self._alive() and self.stage in (RUN, STOP):
@@ -206,7 +207,6 @@ class Attempt:
 
     def _judge_end(self, record: ExitRecord) -> None:
         if record.failed:
-            self.on_first_failure()
             self.stop(SIGTERM, self.plan.grace_failure_s)
         elif record.left_early and self._alive():
             if self.plan.early_exit == "abort":
@@ -232,6 +232,7 @@ class Attempt:
         elif number == 24:  # EMFILE
             reason += " (the limit of open files is reached: ulimit -n)"
         self.records[slot] = self._never_started(slot, 127 if number == 2 else 126, reason)
+        self.on_record(self.records[slot])
         self.stop(SIGTERM, self.plan.grace_failure_s)
         if not self._alive() and self.stage == STOP:
             self.sweep(0)

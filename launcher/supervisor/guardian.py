@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ALL_RANKS = -2
 ZYGOTE = -1
+# Slots from here down are helpers': mpirun, MPI daemons.
+FIRST_HELPER = -3
 _MAX_FRAME = 16 * 1024 * 1024
 _NO_FILES = "the limit of open files is reached: ulimit -n"
 # By errno. EINVAL comes from F_DUPFD with a floor at or above the limit.
@@ -26,7 +28,8 @@ _ADVICE = {
 
 
 class Event(Record):
-    """One event: ``started``, ``spawn_failed``, ``exited``, ``empty``, ``stuck``, ``stats``, ``note`` or ``bye``.
+    """One event: ``started``, ``spawn_failed``, ``exited``, ``empty``, ``stuck``, ``stats``, ``note``, ``bye``, or of
+    agents: ``listening``, ``request``, ``hangup``, ``agent_signal``.
 
     The fields are those that native/guardian/guardian.h lists for it, undecoded.
     """
@@ -46,6 +49,11 @@ class Event(Record):
         """The list that begins at field ``index``: its length, then its items."""
         count = int(self.fields[index])
         return [self.text(index + 1 + item) for item in range(count)]
+
+    def strings(self, index: int) -> tuple[list[str], int]:
+        """The list that begins at field ``index`` as file names and arguments are read, and where the next field is."""
+        end = index + 1 + int(self.fields[index])
+        return [os.fsdecode(field) for field in self.fields[index + 1 : end]], end
 
 
 def executable() -> str:
@@ -153,11 +161,12 @@ def spawn_fields(
     cpus: Sequence[int],
     argv: Sequence[str],
     environ: dict[str, str],
+    connection: int = 0,
 ) -> list[object]:
-    """The ``spawn`` command. ``console``: bit 0 shows stdout, bit 1 stderr."""
+    """The ``spawn`` command. ``console``: bit 0 shows stdout, bit 1 stderr; ``connection``: of the agent it stands for."""
     environment = [f"{name}={value}" for name, value in environ.items()]
     head = ["spawn", kind, slot, directory, out_path, err_path, console, prefix]
-    return [*head, *counted(cpus), *counted(argv), *counted(environment)]
+    return [*head, *counted(cpus), *counted(argv), *counted(environment), connection]
 
 
 def _encode(field: object) -> bytes:

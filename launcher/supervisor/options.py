@@ -9,21 +9,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.engines.torch import RankLaunch
-
-
-class Display(Record):
-    """How one rank's output is shown. ``console``: bit 0 stdout, bit 1 stderr."""
-
-    prefix: str
-    console: int
+    from launcher.supervisor.group import Start
 
 
 class HostPlan(Record):
     """One host's part of a job. Times are seconds.
 
     Attributes:
-        launches: attempt -> the ranks of this host.
-        displays: by local rank.
+        launches: the ranks of this host in an attempt; what there is to be said about them goes to the callable.
         grace_failure_s, grace_stop_s: from SIGTERM to SIGKILL after a failure, and on a stop of the platform.
         preload: modules for the zygote, "" for none.
         deadline_file: where a stop's deadline is told to the ranks.
@@ -34,16 +27,12 @@ class HostPlan(Record):
     """
 
     host: str
-    program: str
     run_dir: str
-    launches: Callable[[int], list[RankLaunch]]
-    displays: tuple[Display, ...]
+    launches: Callable[[Start, Callable[[str], None]], list[RankLaunch]]
     cap_bytes: int
     raw: bool
     grace_failure_s: float
     grace_stop_s: float
-    max_restarts: int
-    crash_loop_s: float
     hang_timeout_s: float
     early_exit: str
     preload: str

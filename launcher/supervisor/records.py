@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import stat
 
+from launcher.evidence import EXIT, SIGNAL, ExitRecord
 from launcher.supervisor.pages import read_page
-from launcher.verdict import EXIT, SIGNAL, ExitRecord
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""The event loop of one host: guardian, signals and time in; a verdict out.
+"""The event loop of one host: guardian, signals, the job's other hosts and time in; a verdict out.
 
-Ranks are started first; what is needed only to watch and judge them is imported while they start.
+Ranks are started first; what is needed only to watch them is imported while they start.
 """
 
 from __future__ import annotations
@@ -11,68 +11,91 @@ import select
 import sys
 import time
 
+from launcher.errors import InternalError, LauncherError, StoppedError
 from launcher.supervisor.attempt import DONE, RUN, SIGKILL, SIGTERM, Attempt
+from launcher.supervisor.group import Finish, Start, Stop, Sweep
 from launcher.supervisor.guardian import ALL_RANKS, ZYGOTE, Guardian
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from types import FrameType
     from typing import Any
 
+    from launcher.evidence import Evidence, ExitRecord, HostReport, Verdict
+    from launcher.supervisor.group import Group, Order
     from launcher.supervisor.guardian import Event
     from launcher.supervisor.options import HostPlan
     from launcher.supervisor.preflight import GpuHolders
-    from launcher.verdict import Evidence, Verdict
+    from launcher.supervisor.watch import Watch
 
 _STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 _STOP_NUMBERS = tuple(getattr(_signal, name) for name in _STOP_SIGNALS)
 _NAMES = {getattr(_signal, name): name for name in _STOP_SIGNALS}
 _FORWARDED = ("SIGUSR1", "SIGUSR2")
-_CRASH_LOOP_COUNT = 3
 _QUIT_LIMIT_S = 10.0
 
 
 class Supervisor:
-    """Runs a host's plan to its verdict."""
+    """Runs a host's plan to the verdict of its group."""
 
-    def __init__(self, plan: HostPlan) -> None:
+    def __init__(self, plan: HostPlan, join: Callable[[Callable[[str], None]], Group]) -> None:
+        """``join`` makes the group; it is given :meth:`say`."""
         self.plan = plan
         self.guardian = Guardian(plan.cap_bytes, plan.raw)
+        self._attempt: Attempt | None = None
+        self._watching: Watch | None = None
+        self._reported = False  # the group has this attempt's report
+        self._was_still = False
+        self._verdict: Verdict | None = None
+        self._prepared = False
         self._signals: list[int] = []
         self._stop_signal = 0
         self._forced = False
         self._zygote_lives = False
         self._shm = (0, 0)
-        self._history: list[tuple[int, float]] = []
         self._old_handlers: dict[int, Any] = {}
         self._wake_read = self._wake_write = -1
         self._old_mask: Any = None
         self._gpu_holders: GpuHolders | None = None
+        try:
+            self.group = join(self.say)
+        except LauncherError:
+            self.guardian.close()
+            raise
 
     def say(self, text: str) -> None:
-        """Shows a line of the launcher's own, in order with the ranks' output. Never waits for a reader."""
-        for line in text.splitlines():
-            # Text may come from a rank's error file: lone surrogates, NUL.
-            safe = line.replace("\0", "?").encode("utf-8", "backslashreplace")
-            self.guardian.send("say", 2, b"[launcher] " + safe)
+        """Shows lines of the launcher's own, in order with the ranks' output. Never waits for a reader."""
+        # Text may come from a rank's error file: lone surrogates, NUL.
+        safe = text.replace("\0", "?").encode("utf-8", "backslashreplace")
+        # One piece: lines of other hosts that share this terminal do not come in between.
+        if lines := safe.splitlines():
+            self.guardian.send("say", 2, b"\n".join(b"[launcher] " + line for line in lines))
 
     # ---- the job
 
     def run(self) -> Verdict:
-        """Starts all ranks, restarts the group as often as allowed, and returns the verdict on the last attempt."""
+        """Starts and restarts the ranks as the group says, and returns the group's verdict.
+
+        Raises:
+            ClusterError, RefusedError: the hosts of the job did not come together.
+            StoppedError: a signal came before that.
+        """
         try:
             if self.plan.handle_signals:
                 # A stop that comes before its handler is there would end us, and the ranks without their grace.
                 self._old_mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _STOP_NUMBERS)
-            attempt = self._start(0)
-            self._prepare()
-            while True:
-                verdict = self._watch(attempt)
-                again = self._restart_reason(attempt, verdict)
-                if again is None:
-                    return self._crash_loop(verdict, attempt)
-                self.say(again)
-                attempt = self._start(attempt.number + 1)
+            self._obey(self.group.serve(time.monotonic()))
+            if self._attempt is None and self.plan.handle_signals:
+                self._handle_signals()  # the other hosts may take their time
+            while self._verdict is None:
+                if self._attempt is not None and not self._prepared:
+                    self._prepare()
+                self._turn()
+            return self._verdict
+        except LauncherError as error:
+            self.group.failed(error)
+            raise
         finally:
             if self.plan.library:
                 self._restore_signals()
@@ -82,6 +105,7 @@ class Supervisor:
         """Ends the guardian, after it has shown all output (or its reader has not taken it within two seconds)."""
         if self._gpu_holders is not None:
             self._gpu_holders.close()
+        self.group.close()
         self.guardian.send("quit")
         deadline = time.monotonic() + _QUIT_LIMIT_S
         poller = select.poll()
@@ -96,10 +120,12 @@ class Supervisor:
         self.guardian.close()
         self.guardian.status()
 
-    def _start(self, number: int) -> Attempt:
-        attempt = Attempt(number, self.plan, self.guardian, self.say)
+    def _start(self, start: Start) -> None:
+        attempt = self._attempt = Attempt(start, self.plan, self.guardian, self.say)
         self._shm = (0, 0)
-        attempt.on_first_failure = self._note_shared_memory
+        self._reported = self._was_still = False
+        self._watching = None
+        attempt.on_record = self._take_record
         zygote: list[str] = []
         if self.plan.preload and not self._zygote_lives:
             booted = next((launch for launch in attempt.launches.values() if launch.booted), None)
@@ -108,14 +134,16 @@ class Supervisor:
                 zygote = [python, unbuffered, boot, "zygote", self.plan.preload]
                 self._zygote_lives = True
         attempt.start(zygote)
-        return attempt
+        if self._stop_signal:
+            attempt.stop(self._stop_signal, self.plan.grace_stop_s)
 
     def _prepare(self) -> None:
         """What can wait until the ranks are starting: signals, an init process's duties, the evidence's first state."""
-        if self.plan.handle_signals:
+        self._prepared = True
+        if self.plan.handle_signals and self._wake_read < 0:
             self._handle_signals()
-        from launcher import verdict
-        from launcher.supervisor import records  # noqa: F401  # its first use must not wait for an import
+        from launcher import verdict  # noqa: F401  # the first use of these must not wait for an import
+        from launcher.supervisor import records  # noqa: F401
         from launcher.supervisor.cgroup import MemoryCgroup
         from launcher.supervisor.preflight import GpuHolders, warnings
         from launcher.supervisor.watch import Watch
@@ -123,7 +151,6 @@ class Supervisor:
         self._gpu_holders = GpuHolders()
         for line in warnings(self.plan.written_directories):
             self.say(f"WARNING: {line}")
-        self._judge = verdict.judge
         self._cgroup = MemoryCgroup()
         self._memory = self._cgroup.read()
         self._new_watch = Watch
@@ -136,52 +163,97 @@ class Supervisor:
                 if os.getppid() != self.plan.parent_pid:  # it ended before we asked
                     self._signals.append(SIGTERM)
 
-    def _watch(self, attempt: Attempt) -> Verdict:
-        """Serves events, signals and timers until the attempt is over."""
-        watch = self._watching = self._new_watch(self.plan.hang_timeout_s)
+    def _turn(self) -> None:
+        """Waits for something to happen, and takes all that has."""
+        attempt = self._attempt
+        watch = self._watching
+        if attempt is not None and watch is None:
+            watch = self._watching = self._new_watch(self.plan.hang_timeout_s)
         poller = select.poll()
-        poller.register(self.guardian, select.POLLIN)
-        if self._wake_read >= 0:
-            poller.register(self._wake_read, select.POLLIN)
-        if self._stop_signal:
-            attempt.stop(self._stop_signal, self.plan.grace_stop_s)
-        while attempt.stage != DONE:
+        guardian = -1 if self.guardian.closed else self.guardian.fileno()
+        for fd in (guardian, self._wake_read, self.group.fileno()):
+            if fd >= 0:
+                poller.register(fd, select.POLLIN)
+        running = attempt is not None and attempt.stage == RUN
+        times = [
+            self.group.next_time(),
+            attempt.next_time() if attempt is not None else None,
             # Later nobody looks: the time of the next look would pass, and the loop spin.
-            look = watch.next_time() if attempt.stage == RUN else None
-            times = [moment for moment in (attempt.next_time(), look) if moment is not None]
-            wait_ms = None if not times else max(0, int((min(times) - time.monotonic()) * 1000) + 1)
-            for fd, _ in poller.poll(wait_ms):
-                if fd == self._wake_read:
-                    os.read(fd, 4096)
-            self._take_signals(attempt)
-            for event in self.guardian.read():
-                self._take_event(attempt, event)
-            if self.guardian.closed:
-                self._guardian_lost(attempt)
-                break
-            for line in (self._gpu_holders.take() if self._gpu_holders is not None else None) or ():
-                self.say(f"WARNING: {line}")
-            now = time.monotonic()
+            watch.next_time() if watch is not None and running else None,
+        ]
+        due = [moment for moment in times if moment is not None]
+        for fd, _ in poller.poll(max(0, int((min(due) - time.monotonic()) * 1000) + 1) if due else None):
+            if fd == self._wake_read:
+                os.read(fd, 4096)
+        self._take_signals()
+        for event in self.guardian.read():
+            self._take_event(event)
+        if self.guardian.closed and not self._reported:
+            self._guardian_lost()
+        for line in (self._gpu_holders.take() if self._gpu_holders is not None else None) or ():
+            self.say(f"WARNING: {line}")
+        now = time.monotonic()
+        if attempt is not None and not self._reported:
             attempt.on_time(now)
-            if attempt.stage == RUN and watch.on_time(now, attempt, self.guardian):
-                self._note_shared_memory()
-                attempt.stop(SIGTERM, self.plan.grace_failure_s)
-        from launcher.record import replace
+            if attempt.stage == RUN and watch is not None:
+                self._look(now, attempt, watch)
+            if attempt.stage == DONE:
+                self._reported = True
+                self.group.attempt_over(self._report(attempt))
+        self._obey(self.group.serve(now))
 
-        verdict = self._judge(list(attempt.records.values()), self._evidence(attempt), self.plan.program)
-        return replace(verdict, attempt=attempt.number)
+    def _look(self, now_s: float, attempt: Attempt, watch: Watch) -> None:
+        progress = watch.on_time(now_s, attempt, self.guardian)
+        if progress is not None:
+            self.group.stacked(progress)
+        elif watch.still != self._was_still:
+            self._was_still = watch.still
+            self.group.quiet(watch.still)
 
-    def _take_event(self, attempt: Attempt, event: Event) -> None:
+    def _obey(self, orders: Sequence[Order]) -> None:
+        for order in orders:
+            attempt = self._attempt
+            if isinstance(order, Start):
+                if order.line:
+                    self.say(order.line)
+                self._start(order)
+            elif isinstance(order, Finish):
+                self._verdict = order.verdict
+            elif attempt is None:
+                continue
+            elif isinstance(order, Stop):
+                if attempt.stage == RUN:
+                    self._note_shared_memory()
+                    if order.line:
+                        self.say(order.line)
+                attempt.stop(order.number, self.plan.grace_failure_s if order.failure else self.plan.grace_stop_s)
+            elif isinstance(order, Sweep):
+                if not self._forced:
+                    self._forced = True
+                    self.say(order.line)
+                    attempt.sweep(0)
+            elif self._watching is not None:  # Stacks
+                self._watching.ask_for_stacks(time.monotonic(), attempt, self.guardian)
+
+    def _take_record(self, record: ExitRecord) -> None:
+        if record.failed:
+            self._note_shared_memory()
+        self.group.rank_ended(record)
+
+    def _take_event(self, event: Event) -> None:
         if event.verb == "note":
             self.say(event.text(0))
         elif event.verb == "stats":
-            self._watching.on_stats(event)
+            if self._watching is not None:
+                self._watching.on_stats(event)
         else:
             if event.verb == "exited" and event.number(0) == ZYGOTE:
                 self._zygote_lives = False
-            attempt.on_event(event)
+            if self._attempt is not None:
+                self._attempt.on_event(event)
 
-    def _take_signals(self, attempt: Attempt) -> None:
+    def _take_signals(self) -> None:
+        attempt = self._attempt
         while self._signals:
             number = self._signals.pop(0)
             if number in self._forwarded:
@@ -191,10 +263,15 @@ class Supervisor:
                 self.guardian.send("signal", ALL_RANKS, _signal.SIGSTOP)
                 os.kill(os.getpid(), _signal.SIGSTOP)
                 self.guardian.send("signal", ALL_RANKS, _signal.SIGCONT)
+            elif attempt is None:
+                self.group.stopping(number, False)
+                raise StoppedError(number)
             elif self._stop_signal:
-                self.say("second signal: killing all ranks now")
+                if not self._forced:
+                    self.say("second signal: killing all ranks now")
                 self._forced = True
                 attempt.sweep(0)
+                self.group.stopping(number, True)
             else:
                 self._stop_signal = number
                 # Python ranks know SIGINT as KeyboardInterrupt; everything else means: end, you have some time.
@@ -206,6 +283,7 @@ class Supervisor:
                 else:
                     self.say(f"{name}: the ranks are being stopped already; once more kills them now")
                 attempt.stop(forward, grace)
+                self.group.stopping(number, False)
 
     # ---- evidence
 
@@ -218,17 +296,28 @@ class Supervisor:
                 return  # no /dev/shm here
             self._shm = (info.f_blocks * info.f_frsize, info.f_bavail * info.f_frsize)
 
+    def _report(self, attempt: Attempt) -> HostReport:
+        from launcher.evidence import HostReport
+
+        return HostReport(
+            host=self.plan.host,
+            attempt=attempt.number,
+            records=tuple(attempt.records.values()),
+            evidence=self._evidence(attempt),
+            lasted_s=time.monotonic() - attempt.started_s,
+            stuck=bool(attempt.stuck),
+        )
+
     def _evidence(self, attempt: Attempt) -> Evidence:
-        from launcher.verdict import Evidence
+        from launcher.evidence import Evidence
 
         memory = self._cgroup.read()
         before, self._memory = self._memory, memory
         watch = self._watching
+        assert watch is not None  # made with the attempt
         return Evidence(
             stop_signal=self._stop_signal,
             forced=self._forced,
-            hang=watch.hang,
-            hang_rank=watch.hang_rank,
             oom_kills=max(0, memory.oom_kills - before.oom_kills),
             memory_limit=memory.limit,
             memory_peak=memory.peak,
@@ -240,38 +329,6 @@ class Supervisor:
             launcher_code=attempt.launcher_code,
             early_exit_ok=self.plan.early_exit == "ok",
         )
-
-    # ---- restarts
-
-    def _restart_reason(self, attempt: Attempt, verdict: Verdict) -> str | None:
-        """The line that announces a restart; None when there is to be none."""
-        if verdict.ok or self._stop_signal or verdict.kind == "launcher" or attempt.stuck:
-            return None
-        steps = max((record.steps for record in verdict.records), default=0)
-        lasted_s = time.monotonic() - attempt.started_s
-        alike = lasted_s < self.plan.crash_loop_s and steps == 0
-        self._history = [entry for entry in self._history if entry[0] == verdict.exit_code] if alike else []
-        if alike:
-            self._history.append((verdict.exit_code, attempt.started_s))
-        if attempt.number >= self.plan.max_restarts:
-            self._history.clear()  # not ended by the rule
-            return None
-        if len(self._history) >= _CRASH_LOOP_COUNT:
-            return None
-        return (
-            f"attempt {attempt.number} failed: {verdict.headline}\n"
-            f"restarting the group ({attempt.number + 1} of {self.plan.max_restarts})"
-        )
-
-    def _crash_loop(self, verdict: Verdict, attempt: Attempt) -> Verdict:
-        """``verdict``, said to be a crash loop when that is why the restarts ended."""
-        if len(self._history) < _CRASH_LOOP_COUNT:
-            return verdict
-        from launcher.record import replace
-
-        since_s = time.monotonic() - self._history[0][1]
-        line = f"crash loop: code {verdict.exit_code} x{len(self._history)} in {since_s:.0f} s; {verdict.headline}"
-        return replace(verdict, headline=line, text=verdict.text.replace(verdict.headline, line, 1))
 
     # ---- signals and orphans
 
@@ -322,16 +379,18 @@ class Supervisor:
         except ChildProcessError:
             return
 
-    def _guardian_lost(self, attempt: Attempt) -> None:
+    def _guardian_lost(self) -> None:
         status = self.guardian.status()
         how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"code {os.WEXITSTATUS(status)}"
         from launcher.supervisor.orphans import kill_descendants
 
         # A library's caller has children of its own, and is no subreaper for ours.
         killed = 0 if self.plan.library else kill_descendants(os.getpid())
-        attempt.launcher_error = (
-            f"the guardian process {self.guardian.pid} ended ({how}); every rank has ended with it"
-            + (f", {killed} orphans were killed" if killed else "")
+        text = f"the guardian process {self.guardian.pid} ended ({how}); every rank has ended with it" + (
+            f", {killed} orphans were killed" if killed else ""
         )
-        attempt.abandon()
-        print(f"[launcher] {attempt.launcher_error}", file=sys.stderr)
+        print(f"[launcher] {text}", file=sys.stderr)
+        if self._attempt is None:
+            raise InternalError(text)
+        self._attempt.launcher_error = text
+        self._attempt.abandon()

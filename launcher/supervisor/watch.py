@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 
+from launcher.evidence import LostChild, RankProgress
 from launcher.supervisor.pages import read_page
-from launcher.verdict import LostChild
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,12 +45,11 @@ class Child:
 
 
 class Watch:
-    """The watch over one attempt's ranks. ``hang`` is "" until a hang was found."""
+    """The watch over one attempt's ranks. ``still``: nothing has moved for the time that makes a hang."""
 
     def __init__(self, hang_timeout_s: float) -> None:
         self.hang_timeout_s = hang_timeout_s
-        self.hang = ""
-        self.hang_rank: int | None = None
+        self.still = False
         self._moved_s = self._sampled_s = time.monotonic()
         self._next_s = self._moved_s + _PERIOD_S
         self._stacks_at_s = 0.0
@@ -72,26 +71,26 @@ class Watch:
         """Takes the guardian's counters of logged bytes."""
         self._new_logged = tuple(int(item.split()[1]) for item in event.items())
 
-    def on_time(self, now_s: float, attempt: Attempt, guardian: Guardian) -> str:
-        """Looks, if it is time to. Returns the text of a hang when one has just been found, else ""."""
+    def on_time(self, now_s: float, attempt: Attempt, guardian: Guardian) -> tuple[RankProgress, ...] | None:
+        """Looks, if it is time to. Returns where the ranks stand once the stacks that were asked for are written."""
         if now_s < self._next_s:
-            return ""
+            return None
         self._next_s = now_s + _PERIOD_S
         if self._stacks_at_s:
             if self._dumps is not None and not self._dumps.done() and now_s < self._stacks_at_s + _DEBUGGER_S:
-                return ""
+                return None
             if self._dumps is not None:
                 self._dumps.stop()
-            return self._conclude(attempt)
+            self._stacks_at_s = 0.0
+            return self._progress(attempt)
         period_s, self._sampled_s = now_s - self._sampled_s, now_s
         moved = self._sample(attempt, period_s)
         if self.hang_timeout_s:
             guardian.send("stats")
         if moved:
             self._moved_s = now_s
-        elif self.hang_timeout_s and now_s - self._moved_s >= self.hang_timeout_s:
-            self._ask_for_stacks(now_s, attempt, guardian)
-        return ""
+        self.still = bool(self.hang_timeout_s) and now_s - self._moved_s >= self.hang_timeout_s
+        return None
 
     def lost_children(self) -> tuple[LostChild, ...]:
         """Helpers that were there at the last look and are gone, largest first. Helpers of ended ranks included."""
@@ -169,7 +168,7 @@ class Watch:
 
     # ---- a hang
 
-    def _ask_for_stacks(self, now_s: float, attempt: Attempt, guardian: Guardian) -> None:
+    def ask_for_stacks(self, now_s: float, attempt: Attempt, guardian: Guardian) -> None:
         """Every rank that runs our shim writes its stacks to its stderr; a debugger sees the others too."""
         from launcher.supervisor.stacks import StackDumps
 
@@ -188,23 +187,15 @@ class Watch:
         self._stacks_at_s = now_s
         self._next_s = now_s + _STACKS_S
 
-    def _conclude(self, attempt: Attempt) -> str:
+    def _progress(self, attempt: Attempt) -> tuple[RankProgress, ...]:
         alive = [attempt.launches[slot] for slot in attempt.pids if slot in attempt.launches]
-        alive = [launch for launch in alive if launch.local_rank not in attempt.records]
-        pages = {launch.rank: read_page(launch.status_page) for launch in alive}
-        inside = {rank: page.collective_seq for rank, page in pages.items() if page and page.collective_entered_ns}
-        outside = sorted(rank for rank in pages if rank not in inside)
-        text = f"hang: no log, no step and no I/O in any rank for {self.hang_timeout_s:g} s"
-        if inside and outside:
-            self.hang_rank = outside[0]
-            names = ", ".join(map(str, outside))
-            text += f"; rank {names} never entered collective #{max(inside.values())}, where the others wait"
-        elif len(set(self._steps.values())) > 1:
-            slot = min(self._steps, key=lambda slot: self._steps[slot])
-            self.hang_rank = attempt.launches[slot].rank
-            text += f"; rank {self.hang_rank} is behind, at step {self._steps[slot][0]}"
-        self.hang = text + "; the stacks of all ranks are on their stderr"
-        return self.hang
+        ranks = []
+        for launch in alive:
+            if launch.local_rank not in attempt.records:
+                page = read_page(launch.status_page)
+                inside = page.collective_seq if page and page.collective_entered_ns else None
+                ranks.append(RankProgress(launch.rank, inside, page.step if page else 0))
+        return tuple(ranks)
 
 
 def _keep(samples: list[tuple[float, int]], sample: tuple[float, int]) -> None:

@@ -9,7 +9,8 @@ import signal
 import pytest
 
 from launcher.record import replace
-from launcher.verdict import HEAD_CHARACTERS, Evidence, ExitRecord, LostChild, judge
+from launcher.evidence import Evidence, ExitRecord, LostChild
+from launcher.verdict import HEAD_CHARACTERS, judge
 
 MS = 1_000_000
 FINISHED, RUNNING = 3, 2

@@ -1,0 +1,1 @@
+"""Hosts talking to hosts: wire format, authentication, and what hosts compare before they work together."""

@@ -1,0 +1,474 @@
+"""The first host's end of the group: lets the others in, decides for all (with the coordinator), and tells them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import time
+
+from launcher.cluster import messages, wire
+from launcher.cluster.clock import ClockEstimate
+from launcher.cluster.facts import HostFacts, differences
+from launcher.cluster.guests import Guests
+from launcher.cluster.options import HEARTBEAT_S, LATE_S, LINE_S, PORTS
+from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError
+from launcher.evidence import ClockOffset, Evidence, ExitRecord, HostReport, LostHost, RankProgress, from_dict
+from launcher.supervisor.coordinator import Coordinator
+from launcher.supervisor.group import Finish, Stacks, Start, Stop, Sweep
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from launcher.cluster.options import ClusterPlan
+    from launcher.cluster.wire import Channel
+    from launcher.evidence import Verdict
+    from launcher.supervisor.group import Order
+
+_CLOSE_S = 5.0
+# In jobs of this size at most, all pairs of hosts are asked whether they reach each other.
+_PROBED_HOSTS = 32
+# Without a turn for this long, this process was stopped or starved: silence of others proves nothing.
+_SLEPT_S = 2.0
+_FIRST_PINGS = 4
+
+
+class _Member:
+    """A host that has joined."""
+
+    def __init__(self, channel: Channel, slots: int) -> None:
+        self.channel, self.slots = channel, slots
+        self.clock = ClockEstimate()
+        self.pings = 0
+        self.late = False
+        self.cut: tuple[str, ...] = ()
+
+
+class Leader:
+    """The group as the first host's supervisor sees it."""
+
+    def __init__(self, plan: ClusterPlan, port: int, say: Callable[[str], None]) -> None:
+        """``port``: MASTER_PORT, reserved on this host.
+
+        Raises:
+            ClusterError: no port to listen on.
+        """
+        self.plan = plan
+        self._port = port
+        self._say = say
+        _allow_connections(len(plan.hosts))
+        self._listener, self.leader_port = wire.listen(plan.leader_port, PORTS)
+        self._epoll = select.epoll()
+        self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+        self._channels: dict[int, Channel] = {}
+        self._writing: set[int] = set()
+        self._members: dict[str, _Member] = {}
+        self._guests = Guests(plan, say)
+        self._hosts: tuple[str, ...] = ()  # of the current attempt; empty while hosts are missing
+        self._failed = False
+        self._orders: list[Order] = []
+        self._coordinator = Coordinator(plan.policy, plan.program, self)
+        now = time.monotonic()
+        self._served_s = self._beat_s = now
+        self._line_s = now + LINE_S
+        self._join_by_s = now + plan.join_timeout_s
+
+    # ---- as the supervisor's group
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def next_time(self) -> float | None:
+        if self._orders:
+            return 0.0
+        times = [self._beat_s, self._line_s]
+        if not self._hosts:
+            times.append(self._join_by_s)
+        return min(times)
+
+    def serve(self, now_s: float) -> Sequence[Order]:
+        for fd, events in self._epoll.poll(0, 1024):
+            if fd == self._listener.fileno():
+                self._accept(now_s)
+            elif fd in self._channels:
+                self._serve_channel(self._channels[fd], events, now_s)
+        self._guests.serve(now_s, () if self._hosts else self._missing())
+        if now_s - self._served_s > _SLEPT_S:
+            for member in self._members.values():
+                member.channel.heard_s = max(member.channel.heard_s, now_s)
+        self._served_s = now_s
+        if now_s >= self._beat_s:
+            self._beat_s = now_s + HEARTBEAT_S
+            self._beat(now_s)
+        if not self._hosts:
+            self._form(now_s)
+        elif now_s >= self._line_s:
+            self._line_s = now_s + LINE_S
+            self._tell_waiting()
+        orders, self._orders = self._orders, []
+        return orders
+
+    def rank_ended(self, record: ExitRecord) -> None:
+        self._coordinator.rank_ended(self.plan.host, record)
+
+    def stopping(self, number: int, forced: bool) -> None:
+        if not self._hosts:
+            self.failed(StoppedError(number))
+        else:
+            self._coordinator.stopping(self.plan.host, number, forced)
+
+    def quiet(self, still: bool) -> None:
+        self._coordinator.quiet(self.plan.host, still)
+
+    def stacked(self, progress: tuple[RankProgress, ...]) -> None:
+        self._coordinator.stacked(self.plan.host, progress)
+
+    def attempt_over(self, report: HostReport) -> None:
+        self._coordinator.attempt_over(report)
+
+    def failed(self, error: LauncherError) -> None:
+        """This host cannot go on, for a reason that is no rank's: nobody can."""
+        if not self._failed:
+            self._failed = True
+            self._broadcast(messages.abort_message(error))
+
+    def close(self) -> None:
+        """Waits, within a bound, until every member has what it was sent."""
+        self._epoll.unregister(self._listener.fileno())
+        self._listener.close()
+        self._guests.close()
+        deadline_s = time.monotonic() + _CLOSE_S
+        # A member that has its verdict closes the connection.
+        while self._members and (now_s := time.monotonic()) < deadline_s:
+            for fd, _ in self._epoll.poll(deadline_s - now_s, 1024):
+                if fd in self._channels:
+                    self._drain(fd, self._channels[fd], now_s)
+        for channel in list(self._channels.values()):
+            channel.close("the job is over")
+        self._epoll.close()
+
+    def _drain(self, fd: int, channel: Channel, now_s: float) -> None:
+        channel.flush()
+        channel.read(now_s)  # nothing that is said now matters any more
+        if channel.closed:
+            self._channels.pop(fd, None)
+            self._members.pop(channel.host, None)
+        elif channel.wants_write() != (fd in self._writing):
+            self._settle(fd, channel)
+
+    # ---- as the coordinator's hosts
+
+    def stop(self, number: int, failure: bool, line: str) -> None:
+        self._broadcast({"kind": "stop", "number": number, "failure": failure, "line": line})
+        self._orders.append(Stop(number, failure, line))
+
+    def sweep(self, line: str) -> None:
+        self._broadcast({"kind": "sweep", "line": line})
+        self._orders.append(Sweep(line))
+
+    def stacks(self) -> None:
+        self._broadcast({"kind": "stacks"})
+        self._orders.append(Stacks())
+
+    def restart(self, attempt: int, hosts: tuple[str, ...], line: str) -> None:
+        self._start(attempt, hosts, line)
+
+    def finish(self, verdict: Verdict) -> None:
+        self._guests.tell_counts()
+        self._broadcast(messages.verdict_message(verdict))
+        self._orders.append(Finish(verdict))
+
+    # ---- connections
+
+    def _accept(self, now_s: float) -> None:
+        try:
+            for _ in range(256):
+                found = wire.accept(self._listener)
+                if found is None:
+                    return
+                sock, address = found
+                channel = wire.Channel.accepted(
+                    sock, key=self.plan.key, job=self.plan.job, address=address, now_s=now_s, admit=self._admit
+                )
+                oldest = self._guests.arrived(channel)
+                self._channels[channel.fileno()] = channel
+                self._epoll.register(channel.fileno(), select.EPOLLIN)
+                if oldest is not None:
+                    self._drop(oldest, "too many connections that prove nothing")
+        except ClusterError as error:
+            self._guests.count("no-descriptor", str(error))
+
+    def _admit(self, host: str) -> str:
+        if host not in self.plan.hosts:
+            return f"{host} is not in the host list of {self.plan.host}"
+        if host == self.plan.host or host in self._members:
+            return f"{host} is here already"
+        if self._hosts:
+            return "the job runs already"
+        return ""
+
+    def _serve_channel(self, channel: Channel, events: int, now_s: float) -> None:
+        fd = channel.fileno()
+        if events & select.EPOLLOUT:
+            channel.flush()
+        if events & ~select.EPOLLOUT:
+            for message in channel.read(now_s):
+                self._take(channel, message, now_s)
+        self._settle(fd, channel)
+
+    def _settle(self, fd: int, channel: Channel) -> None:
+        """After anything that may have closed a connection, or left something to be written."""
+        if channel.closed:
+            self._forget(fd, channel)
+        elif channel.wants_write() != (fd in self._writing):
+            (self._writing.add if channel.wants_write() else self._writing.discard)(fd)
+            self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if channel.wants_write() else 0))
+
+    def _forget(self, fd: int, channel: Channel) -> None:
+        self._channels.pop(fd, None)  # the kernel has taken a closed descriptor out of the epoll set
+        self._writing.discard(fd)
+        member = self._members.get(channel.host)
+        if member is None or member.channel is not channel:
+            self._guests.left(channel)
+            return
+        del self._members[channel.host]
+        if not self._hosts:
+            self._say(f"{channel.host} has left: {channel.closed}")
+        else:
+            ended = channel.cause in ("eof", "reset")
+            how = "is lost: its launcher ended without a word" if ended else f"is unreachable: {channel.closed}"
+            self._lose(channel, how, silent=channel.cause == "unreachable")
+
+    def _drop(self, channel: Channel, reason: str) -> None:
+        fd = channel.fileno()
+        channel.close(reason)
+        self._forget(fd, channel)
+
+    def _lose(self, channel: Channel, how: str, silent: bool) -> None:
+        first = sum(self._slots[: self._hosts.index(channel.host)]) if channel.host in self._hosts else 0
+        slots = self._slots[self._hosts.index(channel.host)] if channel.host in self._hosts else 0
+        heard_ns = int(channel.heard_s * 1e9) if silent else time.monotonic_ns()
+        ranks = tuple(range(first, first + slots))
+        self._coordinator.host_lost(LostHost(channel.host, how, heard_ns, silent, ranks))
+
+    def _send(self, channel: Channel, message: dict[str, Any] | bytes) -> None:
+        fd = channel.fileno()
+        channel.send(message)
+        if fd >= 0:
+            self._settle(fd, channel)
+
+    def _broadcast(self, message: dict[str, Any]) -> None:
+        encoded = wire.encode(message)
+        for member in list(self._members.values()):
+            self._send(member.channel, encoded)
+
+    # ---- what members say
+
+    def _take(self, channel: Channel, message: dict[str, Any], now_s: float) -> None:
+        member = self._members.get(channel.host)
+        try:
+            if member is None or member.channel is not channel:
+                self._take_hello(channel, message)
+            else:
+                self._take_message(channel.host, member, message)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            channel.close(f"{channel.host} sent a message that is none: {type(error).__name__}: {error}")
+
+    def _take_hello(self, channel: Channel, message: dict[str, Any]) -> None:
+        if message["kind"] != "hello":
+            raise ValueError(f"hello expected, not {message['kind']!r}")
+        host, slots = channel.host, int(message["slots"])
+        if not 0 <= slots < 1 << 16:
+            raise ValueError(f"{slots} slots")
+        unknown = self._guests.unknown(channel)
+        if unknown or self._admit(host):
+            self._send(channel, {"kind": "wait", "text": unknown or self._admit(host)})
+            channel.close(unknown or self._admit(host))
+            return
+        found = differences(self.plan.facts, HostFacts.from_message(message["facts"], host))
+        if found and self.plan.peer_check != "off":
+            text = f"{host} is not like {self.plan.host}: " + "; ".join(found)
+            if self.plan.peer_check == "refuse":
+                advice = "make the hosts alike, or use --peer-check warn"
+                error = RefusedError(f"{text}; {advice}")
+                self._send(channel, messages.abort_message(error))
+                self.failed(error)
+                raise error
+            self._say(f"WARNING: {text}")
+            self._send(channel, {"kind": "say", "line": f"WARNING: {text}"})
+        member = self._members[host] = _Member(channel, slots)
+        self._guests.joined(channel)
+        self._ping(member)
+
+    def _take_message(self, host: str, member: _Member, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind == "pong":
+            member.clock.add(int(message["sent"]), int(message["member_ns"]), time.monotonic_ns())
+            clock = ClockOffset(host, member.clock.offset_ns, member.clock.uncertainty_ns)
+            self._coordinator.clocks[host] = clock
+            if member.pings < _FIRST_PINGS:
+                self._ping(member)
+        elif kind == "ended":
+            record: ExitRecord = from_dict(ExitRecord, message["record"])
+            self._coordinator.rank_ended(host, record)
+        elif kind == "stopping":
+            if not self._hosts:
+                stopped = StoppedError(int(message["number"]))
+                self.failed(stopped)
+                raise stopped
+            self._coordinator.stopping(host, int(message["number"]), bool(message["forced"]))
+        elif kind == "quiet":
+            self._coordinator.quiet(host, bool(message["still"]))
+        elif kind == "stacked":
+            progress = tuple(from_dict(RankProgress, rank) for rank in message["progress"])
+            self._note_cut(host, message["cut"])
+            self._coordinator.stacked(host, progress)
+        elif kind == "over":
+            report, cut = messages.read_report(message)
+            if report.host != host:
+                raise ValueError(f"a report of {report.host}")
+            self._note_cut(host, cut)
+            self._coordinator.attempt_over(report)
+        elif kind == "failed":
+            self._take_failure(host, messages.read_abort(message))
+        else:
+            raise ValueError(f"unknown kind {kind!r}")
+
+    def _take_failure(self, host: str, error: LauncherError) -> None:
+        """A member's launcher cannot go on."""
+        if not self._hosts:
+            self.failed(error)
+            raise error
+        evidence = Evidence(launcher_error=str(error), launcher_code=error.exit_code)
+        self._coordinator.attempt_over(HostReport(host, self._coordinator.attempt, (), evidence, 0.0, False))
+
+    # ---- forming
+
+    def _form(self, now_s: float) -> None:
+        here = (self.plan.host, *self._members)
+        missing = self._missing()
+        if missing and now_s >= self._join_by_s:
+            enough = self.plan.policy.min_hosts
+            if not 0 < enough <= len(here):
+                reasons = self._guests.why_missing(missing)
+                waited = f"after {self.plan.join_timeout_s:g} s (--join-timeout)"
+                error = ClusterError(f"{len(missing)} of {len(self.plan.hosts)} hosts did not come {waited}: {reasons}")
+                self.failed(error)
+                raise error
+            self._say(f"going on without {', '.join(missing)} (--min-hosts {enough})")
+            missing = []
+        if missing:
+            if now_s >= self._line_s:
+                self._line_s = now_s + LINE_S
+                reasons = self._guests.why_missing(missing)
+                line = f"{len(here)} of {len(self.plan.hosts)} hosts are here; missing: {reasons}"
+                self._say(line)
+                self._broadcast({"kind": "say", "line": line})
+            return
+        self._line_s = now_s + LINE_S
+        self._start(0, tuple(host for host in self.plan.hosts if host in here), "")
+
+    def _missing(self) -> list[str]:
+        return [host for host in self.plan.hosts if host != self.plan.host and host not in self._members]
+
+    def _start(self, attempt: int, hosts: tuple[str, ...], line: str) -> None:
+        self._hosts = hosts
+        slots = {host: member.slots for host, member in self._members.items()}
+        slots[self.plan.host] = self.plan.slots
+        self._slots = tuple(slots[host] for host in hosts)
+        without = [host for host in self.plan.hosts if host not in hosts]
+        self._coordinator.begin(attempt, hosts)
+        for member in self._members.values():
+            member.cut = ()
+        peers = {host: member.channel.address for host, member in self._members.items()}
+        # Hosts that share an address (simulated ones, or behind one gateway) have no links of their own.
+        asked = 2 < len(hosts) <= _PROBED_HOSTS and len(set(peers.values())) == len(peers)
+        self._broadcast(
+            {
+                "kind": "start",
+                "attempt": attempt,
+                "without": without,
+                "slots": messages.pack_slots(self._slots),
+                "address": self.plan.master_address,
+                "port": self._port,
+                "line": line,
+                "peers": peers if asked else {},
+                "peer_port": self.leader_port,
+            }
+        )
+        own = next((member.channel.local_address for member in self._members.values()), "127.0.0.1")
+        address = self.plan.master_address or own
+        self._orders.append(Start(attempt, hosts, self._slots, address, self._port, own, line))
+
+    # ---- time
+
+    def _ping(self, member: _Member) -> None:
+        member.pings += 1
+        self._send(member.channel, {"kind": "ping", "sent": time.monotonic_ns()})
+
+    def _beat(self, now_s: float) -> None:
+        for channel in list(self._channels.values()):
+            fd = channel.fileno()
+            channel.on_time(now_s)
+            self._settle(fd, channel)
+        encoded = wire.encode({"kind": "ping", "sent": time.monotonic_ns()})
+        for host, member in list(self._members.items()):
+            silent_s = now_s - member.channel.heard_s
+            if silent_s >= self.plan.host_timeout_s:
+                fd, channel = member.channel.fileno(), member.channel
+                channel.close(f"nothing was heard of it for {silent_s:.1f} s")
+                del self._members[host]
+                self._forget(fd, channel)
+                if self._hosts:
+                    self._lose(channel, f"is unreachable: {channel.closed}", silent=True)
+                continue
+            if member.late != (silent_s > LATE_S):
+                member.late = not member.late
+                self._say(
+                    f"WARNING: {host} has been silent for {silent_s:.1f} s; it is given up after "
+                    f"{self.plan.host_timeout_s:g} s"
+                    if member.late
+                    else f"{host} is back"
+                )
+            self._send(member.channel, encoded)
+
+    def _tell_waiting(self) -> None:
+        reports = self._coordinator.reports
+        waiting = [host for host in self._hosts if host not in reports and host not in self._coordinator.lost]
+        if not reports or not waiting:
+            return
+        names = ", ".join(waiting[:8]) + (f" and {len(waiting) - 8} more" if len(waiting) > 8 else "")
+        line = f"{len(reports)} of {len(self._hosts)} hosts are done; waiting for {names}"
+        if self.plan.host in reports:
+            self._say(line)
+        for host in reports:
+            if host in self._members:
+                self._send(self._members[host].channel, {"kind": "say", "line": line})
+
+    # ---- which hosts reach each other
+
+    def _note_cut(self, host: str, cut: Sequence[Any]) -> None:
+        self._members[host].cut = tuple(str(other) for other in cut)
+        pairs = {
+            tuple(sorted((one, other), key=self._hosts.index))
+            for one, member in self._members.items()
+            for other in member.cut
+            if other in self._hosts and one in self._hosts
+        }
+        self._coordinator.cut_links = tuple((one, other) for one, other in sorted(pairs))
+
+
+def _allow_connections(hosts: int) -> None:
+    """A descriptor for each host and some for others; ranks are children of another process and keep their limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hosts + 1024
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit < hosts + 64:
+        raise ClusterError(
+            f"{hosts} hosts need as many open files, but {limit} are allowed on {os.uname().nodename}: raise ulimit -Hn"
+        )

@@ -1,0 +1,413 @@
+"""A host's end of the group: finds the leader, does what it says, tells it what happens here."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+
+from launcher.cluster import messages
+from launcher.cluster.options import LATE_S, LINE_S, PORTS
+from launcher.cluster.probe import Probe
+from launcher.cluster.resolve import Resolver
+from launcher.cluster.sockets import begin_connect, connect_error
+from launcher.cluster.wire import WRONG_SECRET, Channel
+from launcher.errors import ClusterError, LauncherError
+from launcher.evidence import HostReport, LostHost
+from launcher.record import as_dict, replace
+from launcher.supervisor.group import Finish, Stacks, Start, Stop, Sweep
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from launcher.cluster.options import ClusterPlan
+    from launcher.evidence import ExitRecord, RankProgress
+    from launcher.supervisor.group import Order
+
+_SIGTERM = 15
+# Between two tries to reach the leader: short at first, when all hosts start at once.
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.02, 1.0
+_CONNECT_S = 3.0
+_SLEPT_S = 2.0
+_CLOSE_S = 2.0
+
+
+class Member:
+    """The group as the supervisor of any host but the first sees it."""
+
+    def __init__(self, plan: ClusterPlan, say: Callable[[str], None]) -> None:
+        self.plan = plan
+        self._say = say
+        self._leader = plan.hosts[0]
+        self._epoll = select.epoll()
+        self._resolver = Resolver([self._leader], plan.addresses)
+        self._epoll.register(self._resolver.fileno(), select.EPOLLIN)
+        self._addresses: tuple[str, ...] = ()
+        self._connecting: socket.socket | None = None
+        self._channel: Channel | None = None
+        self._ready = False  # the handshake is done, and hello is sent
+        self._writing = False
+        self._try = 0
+        self._retry_wait_s = _FIRST_RETRY_S
+        self._why = "its name is being resolved"
+        self._hosts: tuple[str, ...] = ()  # of the current attempt; empty before the first
+        self._slots: tuple[int, ...] = ()
+        self._attempt = -1
+        self._orders: list[Order] = []
+        self._report: HostReport | None = None
+        self._lost: LostHost | None = None  # the leader
+        self._abort: LauncherError | None = None
+        self._over = False
+        self._late = False
+        self._probe: Probe | None = None
+        self._peers: dict[str, str] = {}
+        self._peer_port = 0
+        self._reachable: set[str] | None = None  # peers that answered when the attempt began
+        self._cut: tuple[str, ...] = ()
+        self._held: list[Callable[[], None]] = []  # what waits for the probe
+        now = time.monotonic()
+        self._served_s = now
+        self._next_try_s = now
+        self._give_up_s = float("inf")  # of the connection that is being made
+        self._line_s = now + LINE_S
+        self._join_by_s = now + plan.join_timeout_s
+
+    # ---- as the supervisor's group
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def next_time(self) -> float | None:
+        if self._orders:
+            return 0.0
+        if not self._hosts:
+            return min(self._line_s, self._join_by_s, self._give_up_s if self._busy() else self._next_try_s)
+        times = []
+        if self._channel is not None:
+            limit_s = self.plan.host_timeout_s if self._late else min(LATE_S, self.plan.host_timeout_s)
+            times.append(self._channel.heard_s + limit_s)
+        if self._probe is not None:
+            times.append(self._probe.deadline_s)
+        return min(times) if times else None
+
+    def serve(self, now_s: float) -> Sequence[Order]:
+        for fd, events in self._epoll.poll(0):
+            if fd == self._resolver.fileno():
+                self._resolved()
+            elif self._connecting is not None and fd == self._connecting.fileno():
+                self._connected(now_s)
+            elif self._channel is not None and fd == self._channel.fileno():
+                self._serve_channel(events, now_s)
+        slept, self._served_s = now_s - self._served_s > _SLEPT_S, now_s
+        if self._channel is not None and slept:
+            self._channel.heard_s = max(self._channel.heard_s, now_s)
+        if self._probe is not None and self._probe.done(now_s):
+            self._end_probe(self._probe)
+        if self._hosts:
+            self._check_leader(now_s)
+        elif self._abort is None:
+            self._form(now_s)
+        if self._abort is not None and not self._hosts:
+            raise self._abort
+        orders, self._orders = self._orders, []
+        return orders
+
+    def rank_ended(self, record: ExitRecord) -> None:
+        if record.failed or record.left_early:
+            self._send(messages.record_message(record))
+
+    def stopping(self, number: int, forced: bool) -> None:
+        self._send({"kind": "stopping", "number": number, "forced": forced})
+
+    def quiet(self, still: bool) -> None:
+        self._send({"kind": "quiet", "still": still})
+
+    def stacked(self, progress: tuple[RankProgress, ...]) -> None:
+        self._after_probe(
+            lambda: self._send(
+                {"kind": "stacked", "progress": [as_dict(rank) for rank in progress], "cut": list(self._cut)}
+            )
+        )
+
+    def attempt_over(self, report: HostReport) -> None:
+        self._report = report
+        if self._lost is not None or self._abort is not None:
+            self._conclude_alone()
+            return
+        if not any(record.failed for record in report.records) and not report.evidence.launcher_error:
+            self._say("all ranks of this host have ended with 0; waiting for the other hosts")
+        self._after_probe(lambda: self._send(messages.report_message(report, self._cut)))
+
+    def failed(self, error: LauncherError) -> None:
+        if self._abort is None:
+            self._send({**messages.abort_message(error), "kind": "failed"})
+
+    def close(self) -> None:
+        deadline_s = time.monotonic() + _CLOSE_S
+        while self._channel is not None and self._channel.wants_write() and time.monotonic() < deadline_s:
+            self._epoll.poll(max(0.0, deadline_s - time.monotonic()))
+            self._channel.flush()
+        if self._channel is not None:
+            self._channel.close("the job is over here")
+        if self._connecting is not None:
+            self._connecting.close()
+        if self._probe is not None:
+            self._probe.close()
+        self._resolver.close()
+        self._epoll.close()
+
+    # ---- finding the leader
+
+    def _busy(self) -> bool:
+        return self._connecting is not None or self._channel is not None
+
+    def _resolved(self) -> None:
+        for result in self._resolver.take():
+            self._addresses = result.addresses
+            if result.error:
+                self._why = f"its name does not resolve: {result.error}"
+
+    def _form(self, now_s: float) -> None:
+        if self._channel is not None:
+            self._channel.on_time(now_s)
+            self._settle(now_s)
+        if now_s >= self._give_up_s and self._connecting is not None:
+            self._failed_try(now_s, f"{self._addresses[0]} does not answer")
+        if not self._busy() and now_s >= self._next_try_s:
+            self._begin(now_s)
+        if now_s >= self._join_by_s:
+            waited = f"for {self.plan.join_timeout_s:g} s (--join-timeout)"
+            if self._ready:
+                raise ClusterError(f"the leader {self._leader} waited in vain for other hosts {waited}")
+            raise ClusterError(f"the leader {self._leader} could not be reached {waited}: {self._why}")
+        if now_s >= self._line_s:
+            self._line_s = now_s + LINE_S
+            if not self._ready:
+                self._say(f"waiting for the leader {self._leader}: {self._why}")
+
+    def _begin(self, now_s: float) -> None:
+        if not self._addresses:
+            self._resolver.ask([self._leader])
+            self._next_try_s = now_s + self._wait_longer()
+            return
+        # Every address, and for each the ports that the leader may have taken.
+        turn, port = divmod(self._try, PORTS)
+        self._try += 1
+        address = self._addresses[turn % len(self._addresses)]
+        try:
+            self._connecting = begin_connect(address, self.plan.leader_port + port)
+        except ClusterError as error:
+            self._failed_try(now_s, str(error))
+            return
+        self._give_up_s = now_s + _CONNECT_S
+        self._epoll.register(self._connecting.fileno(), select.EPOLLOUT)
+
+    def _connected(self, now_s: float) -> None:
+        sock = self._connecting
+        assert sock is not None
+        problem = connect_error(sock)
+        if problem:
+            where = f"{self._addresses[0]} port {self.plan.leader_port}"
+            self._failed_try(now_s, f"{where}: {problem} (its launcher is not up yet, or another port is its own)")
+            return
+        self._epoll.unregister(sock.fileno())
+        self._connecting = None
+        self._channel = Channel.connecting(sock, key=self.plan.key, job=self.plan.job, host=self.plan.host, now_s=now_s)
+        self._give_up_s = self._channel.deadline_s
+        self._epoll.register(self._channel.fileno(), select.EPOLLIN)
+        self._writing = False
+        self._settle(now_s)
+
+    def _failed_try(self, now_s: float, why: str) -> None:
+        if self._connecting is not None:
+            self._epoll.unregister(self._connecting.fileno())
+            self._connecting.close()
+            self._connecting = None
+        self._why = why
+        self._give_up_s = float("inf")
+        # The next port at once; a pause after all of them, and the name once more: it may have changed.
+        self._next_try_s = now_s
+        if self._try % PORTS == 0:
+            self._resolver.ask([self._leader])
+            self._next_try_s = now_s + self._wait_longer()
+
+    def _wait_longer(self) -> float:
+        wait_s, self._retry_wait_s = self._retry_wait_s, min(_LAST_RETRY_S, 2 * self._retry_wait_s)
+        return wait_s
+
+    # ---- the connection
+
+    def _serve_channel(self, events: int, now_s: float) -> None:
+        channel = self._channel
+        assert channel is not None
+        if events & select.EPOLLOUT:
+            channel.flush()
+        if events & ~select.EPOLLOUT:
+            found = channel.read(now_s)
+            if channel.open and not self._ready:
+                self._greet(channel)
+            try:
+                for message in found:
+                    self._take(message)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                channel.close(f"the leader sent a message that is none: {type(error).__name__}: {error}")
+        self._settle(now_s)
+
+    def _greet(self, channel: Channel) -> None:
+        self._ready = True
+        self._give_up_s = float("inf")
+        channel.send({"kind": "hello", "facts": self.plan.facts.as_message(), "slots": self.plan.slots})
+
+    def _settle(self, now_s: float) -> None:
+        channel = self._channel
+        if channel is None:
+            return
+        if not channel.closed:
+            if channel.wants_write() != self._writing:
+                self._writing = channel.wants_write()
+                self._epoll.modify(channel.fileno(), select.EPOLLIN | (select.EPOLLOUT if self._writing else 0))
+            return
+        self._channel = None  # the kernel has taken the closed descriptor out of the epoll set
+        if self._over or self._abort is not None:
+            return
+        if self._hosts:
+            gone = channel.cause in ("eof", "reset")
+            how = "is lost: its launcher ended without a word" if gone else f"is unreachable: {channel.closed}"
+            self._lose_leader(how, silent=channel.cause == "unreachable", heard_s=channel.heard_s)
+            return
+        self._ready = False
+        if channel.cause == "bad-proof" or channel.refusal == WRONG_SECRET:
+            self._say(f"WARNING: {channel.closed}")
+        self._failed_try(now_s, channel.closed)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+            self._settle(time.monotonic())
+
+    # ---- what the leader says
+
+    def _take(self, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind == "ping":
+            self._send({"kind": "pong", "sent": message["sent"], "member_ns": time.monotonic_ns()})
+        elif kind == "start":
+            self._take_start(message)
+        elif kind == "stop":
+            self._orders.append(Stop(int(message["number"]), bool(message["failure"]), str(message["line"])))
+            if message["failure"]:
+                self._ask_peers()
+        elif kind == "sweep":
+            self._orders.append(Sweep(str(message["line"])))
+        elif kind == "stacks":
+            self._orders.append(Stacks())
+            self._ask_peers()
+        elif kind == "say":
+            self._say(str(message["line"]))
+        elif kind == "wait":
+            self._why = f"it does not let this host in: {message['text']}"
+        elif kind == "verdict":
+            self._take_verdict(message)
+        elif kind == "abort":
+            self._take_abort(messages.read_abort(message))
+        else:
+            raise ValueError(f"unknown kind {kind!r}")
+
+    def _take_start(self, message: dict[str, Any]) -> None:
+        assert self._channel is not None
+        without = {str(host) for host in message["without"]}
+        hosts = tuple(host for host in self.plan.hosts if host not in without)
+        if self.plan.host not in hosts:
+            raise ValueError("this host was left out")
+        slots = messages.unpack_slots(message["slots"], len(hosts))
+        self._hosts, self._slots, self._attempt = hosts, slots, int(message["attempt"])
+        self._report, self._cut, self._reachable = None, (), None
+        address = str(message["address"]) or self._channel.address
+        line = str(message["line"])
+        port = int(message["port"])
+        local = self._channel.local_address
+        self._orders.append(Start(self._attempt, hosts, slots, address, port, local, line))
+        self._peers = {str(host): str(peer) for host, peer in message["peers"].items() if host != self.plan.host}
+        self._peer_port = int(message["peer_port"])
+        self._ask_peers()
+
+    def _take_verdict(self, message: dict[str, Any]) -> None:
+        verdict = messages.read_verdict(message)
+        self._over = True
+        # What this host knows of its own ranks is more than what it was sent.
+        records = self._report.records if self._report is not None else ()
+        self._orders.append(Finish(replace(verdict, records=records)))
+        if self._channel is not None:
+            self._channel.close("the verdict is here")
+
+    def _take_abort(self, error: LauncherError) -> None:
+        self._abort = error
+        if self._hosts:
+            self._orders.append(Stop(_SIGTERM, True, f"{self._leader}: {error}: stopping all ranks"))
+            if self._report is not None:
+                self._conclude_alone()
+
+    # ---- without the leader
+
+    def _check_leader(self, now_s: float) -> None:
+        channel = self._channel
+        if channel is None or self._over:
+            return
+        silent_s = now_s - channel.heard_s
+        if silent_s >= self.plan.host_timeout_s:
+            channel.close(f"nothing was heard of it for {silent_s:.1f} s")
+            self._channel = None
+            self._lose_leader(f"is unreachable: {channel.closed}", silent=True, heard_s=channel.heard_s)
+        elif self._late != (silent_s > LATE_S):
+            self._late = not self._late
+            limit = f"it is given up after {self.plan.host_timeout_s:g} s"
+            silence = f"WARNING: the leader {self._leader} has been silent for {silent_s:.1f} s; {limit}"
+            self._say(silence if self._late else f"the leader {self._leader} is back")
+
+    def _lose_leader(self, how: str, silent: bool, heard_s: float) -> None:
+        ranks = tuple(range(self._slots[0])) if self._hosts[0] == self._leader else ()
+        heard_ns = int(heard_s * 1e9) if silent else time.monotonic_ns()
+        self._lost = LostHost(self._leader, how, heard_ns, silent, ranks)
+        self._orders.append(Stop(_SIGTERM, True, f"{self._leader} {how}: stopping all ranks"))
+        if self._report is not None:
+            self._conclude_alone()
+
+    def _conclude_alone(self) -> None:
+        from launcher.verdict import judge
+
+        report = self._report
+        assert report is not None
+        evidence = report.evidence
+        if self._lost is not None:
+            evidence = replace(evidence, lost_hosts=(self._lost,))
+        elif self._abort is not None and not evidence.launcher_error:
+            evidence = replace(evidence, launcher_error=str(self._abort), launcher_code=self._abort.exit_code)
+        self._over = True
+        verdict = judge(report.records, evidence, self.plan.program)
+        self._orders.append(Finish(replace(verdict, attempt=report.attempt)))
+
+    # ---- which hosts can be reached
+
+    def _ask_peers(self) -> None:
+        if self._probe is None and self._peers:
+            self._probe = Probe(self._peers, self._peer_port, time.monotonic())
+            self._epoll.register(self._probe.fileno(), select.EPOLLIN)
+
+    def _end_probe(self, probe: Probe) -> None:
+        self._probe = None
+        answered = set(self._peers) - probe.silent
+        if self._reachable is None:
+            self._reachable = answered
+        # Who never answered may sit behind a firewall; who has stopped to answer is cut off.
+        self._cut = tuple(sorted(self._reachable - answered))
+        held, self._held = self._held, []
+        for act in held:
+            act()
+
+    def _after_probe(self, act: Callable[[], None]) -> None:
+        if self._probe is not None:
+            self._held.append(act)
+        else:
+            act()

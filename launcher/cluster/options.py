@@ -1,0 +1,50 @@
+"""What a host has to know to join the other hosts of its job."""
+
+from __future__ import annotations
+
+from launcher.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from launcher.cluster.facts import HostFacts
+    from launcher.supervisor.coordinator import Policy
+
+# A ping goes to every member this often; a host is warned of when two are missing.
+HEARTBEAT_S = 1.0
+LATE_S = 2.5
+# While hosts are missing, and while hosts that are done wait for others, a line says so this often.
+LINE_S = 10.0
+PORTS = 4  # the leader's port and the next ones
+
+
+class ClusterPlan(Record):
+    """One host's view of the group. Times are seconds.
+
+    Attributes:
+        hosts: in rank order; the first one leads.
+        slots: ranks of this host.
+        addresses: host -> where to reach it, instead of resolving its name.
+        named: host names mean something to a resolver.
+        key: proves membership; secret: whether it is made from one.
+        job: tells this job from others on the same hosts, in clear text.
+        peer_check: refuse, warn or off: what to do about hosts whose facts differ.
+        master_address: MASTER_ADDR as the user gave it; "": the leader's own.
+        program: what the user calls the job's script.
+    """
+
+    hosts: tuple[str, ...]
+    host: str
+    slots: int
+    addresses: dict[str, str]
+    named: bool
+    leader_port: int
+    key: bytes
+    secret: bool
+    job: str
+    facts: HostFacts
+    peer_check: str
+    join_timeout_s: float
+    host_timeout_s: float
+    master_address: str
+    program: str
+    policy: Policy
