@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from launcher.cluster.facts import collect
+from launcher.cluster.group import Cluster
 from launcher.cluster.options import ClusterPlan
 from launcher.cluster.secret import job_digest, job_key, key_without_secret, read_secret
 from launcher.errors import UsageError
@@ -23,7 +24,7 @@ def join(
     policy: Policy,
     slots: int,
     environ: Mapping[str, str],
-    port: int,
+    reserve: Callable[[], int],
     say: Callable[[str], None],
 ) -> Group:
     """This host's end of the group: the leader's on the first host, else a member's.
@@ -31,7 +32,7 @@ def join(
     Args:
         slots: ranks of this host.
         environ: may hold the job's secret.
-        port: MASTER_PORT, when this host leads.
+        reserve: gives a MASTER_PORT that is free on this host, should it lead.
 
     Raises:
         UsageError: the secret cannot be had.
@@ -60,15 +61,10 @@ def join(
         master_address=spec["master_addr"],
         program=spec.entry.name,
         policy=policy,
+        enough=policy.min_hosts,
     )
     say(f"{len(found.hosts)} hosts from {found.source}; this is {found.host}")
-    if found.host_rank == 0:
-        from launcher.cluster.leader import Leader
-
-        return Leader(plan, port, say)
-    from launcher.cluster.member import Member
-
-    return Member(plan, say)
+    return Cluster(plan, reserve, say)
 
 
 def _secret(spec: JobSpec, environ: Mapping[str, str]) -> bytes:

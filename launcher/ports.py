@@ -19,6 +19,11 @@ class Reserved(Record):
     claims: tuple[Any, ...]
     lines: tuple[str, ...]
 
+    def release(self) -> None:
+        """Lets other launchers have it."""
+        for claim in self.claims:
+            claim.close()
+
 
 def reserve(wanted: int) -> Reserved:
     """The port ``wanted``, or another one when that is taken or 0.

@@ -117,25 +117,23 @@ def execute(
     spec = prepared.spec
     stale = contract.note_stale(spec.container.paths)
     _make_run_directory(prepared.run_dir)
-    leads = prepared.topology.host_rank == 0
-    reserved = ports.reserve(prepared.rendezvous.port) if leads else ports.Reserved(0, (), ())
+    held: list[ports.Reserved] = []
+    supervisor = None
     try:
         supervisor = Supervisor(
-            _host_plan(prepared, handle_signals, library), lambda say: _group(prepared, environ, reserved.port, say)
+            _host_plan(prepared, handle_signals, library), lambda say: _group(prepared, environ, held, say)
         )
-    except LauncherError:
-        _release(reserved)
-        raise
-    try:
         if spec.made_tree:
             supervisor.say(f"job tree: {spec.container.paths.base}")
-        for line in (*reserved.lines, *(f"stale file not removed: {line}" for line in stale.kept)):
-            supervisor.say(line)
+        for path in stale.kept:
+            supervisor.say(f"stale file not removed: {path}")
         verdict = supervisor.run()
         _conclude(prepared, verdict, stale, supervisor.say)
     finally:
-        _release(reserved)
-        supervisor.close()
+        for reserved in held:
+            reserved.release()
+        if supervisor is not None:
+            supervisor.close()
     if not library:  # its caller is given the paths
         _clear_run_directory(prepared, verdict)
     return verdict
@@ -277,11 +275,6 @@ def _prefix(spec: JobSpec, place: RankPlace, world_size: int) -> str:
     return str(prefix)
 
 
-def _release(reserved: ports.Reserved) -> None:
-    for claim in reserved.claims:
-        claim.close()
-
-
 def rank_launches(
     prepared: Prepared, start: Start, say: Callable[[str], None] | None = None
 ) -> list[engine.RankLaunch]:
@@ -327,8 +320,18 @@ def first_start(prepared: Prepared) -> Start:
     return Start(0, topology.hosts, topology.slots, rendezvous.address, rendezvous.port)
 
 
-def _group(prepared: Prepared, environ: Mapping[str, str], port: int, say: Callable[[str], None]) -> Group:
+def _group(
+    prepared: Prepared, environ: Mapping[str, str], held: list[ports.Reserved], say: Callable[[str], None]
+) -> Group:
+    """The hosts' group. Ports that are reserved for rank 0 are added to ``held``."""
     spec, topology = prepared.spec, prepared.topology
+
+    def reserve() -> int:
+        held.append(ports.reserve(prepared.rendezvous.port))
+        for line in held[-1].lines:
+            say(line)
+        return held[-1].port
+
     policy = Policy(
         max_restarts=spec["max_restarts"],
         crash_loop_s=spec["crash_loop_s"],
@@ -337,11 +340,11 @@ def _group(prepared: Prepared, environ: Mapping[str, str], port: int, say: Calla
         min_hosts=0 if len(topology.hosts) < 2 else host_lists.fewest(spec.settings, spec.hosts),
     )
     if len(topology.hosts) < 2:
-        first = replace(first_start(prepared), port=port)
+        first = replace(first_start(prepared), port=reserve())
         return Alone(policy, spec.entry.name, lambda attempt: replace(first, attempt=attempt))
     from launcher.joining import join
 
-    return join(spec, policy, len(topology.local), environ, port, say)
+    return join(spec, policy, len(topology.local), environ, reserve, say)
 
 
 def _host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostPlan:

@@ -18,7 +18,7 @@ from launcher.errors import ClusterError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 MAX_HEAD = 8 << 10  # bytes of a request up to its body
 MAX_VALUE = 8 << 20  # a rank puts some 130 bytes for each other rank
@@ -113,6 +113,40 @@ class KeyValueStore:
         self._stop.close()
         self._thread.join()
         self._stop = self._thread = None
+
+
+class JobStore:
+    """The store of a job, on its first host: one for each attempt, for the hosts that are in it."""
+
+    def __init__(self, several: bool) -> None:
+        """``several``: there are other hosts, which may reach this one at any of its addresses."""
+        self._peers: frozenset[str] = frozenset()
+        self._store = KeyValueStore("0.0.0.0" if several else "127.0.0.1", self._admit)
+
+    def open(self, own: str, peers: Iterable[str]) -> int:
+        """An empty store instead of the last attempt's; its port.
+
+        Args:
+            own: this host's numeric address as the others see it.
+            peers: numeric addresses of the other hosts.
+
+        Raises:
+            ClusterError: it cannot listen, or the hosts have no IPv4 between them.
+        """
+        if ":" in own:
+            raise ClusterError(
+                f"the hosts reach each other by IPv6 ({own}), but Horovod's Gloo controller speaks IPv4 only; "
+                "give IPv4 addresses with --host-addresses, or use --horovod-controller mpi"
+            )
+        self._peers = frozenset((own, *peers))
+        return self._store.reset()
+
+    def close(self) -> None:
+        """Stops serving."""
+        self._store.close()
+
+    def _admit(self, address: str) -> bool:
+        return address in self._peers or address.startswith("127.")
 
 
 class _Store:

@@ -49,8 +49,8 @@ class _Member:
 class Leader:
     """The group as the first host's supervisor sees it."""
 
-    def __init__(self, plan: ClusterPlan, port: int, say: Callable[[str], None]) -> None:
-        """``port``: MASTER_PORT, reserved on this host.
+    def __init__(self, plan: ClusterPlan, port: int, say: Callable[[str], None], attempt: int = 0) -> None:
+        """``port``: MASTER_PORT, reserved on this host; ``attempt``: the number of the first one.
 
         Raises:
             ClusterError: no port to listen on.
@@ -58,6 +58,8 @@ class Leader:
         self.plan = plan
         self._port = port
         self._say = say
+        self._first_attempt = attempt
+        self._stopped: StoppedError | None = None
         _allow_connections(len(plan.hosts))
         self._listener, self.leader_port = wire.listen(plan.leader_port, PORTS)
         self._epoll = select.epoll()
@@ -102,6 +104,8 @@ class Leader:
         if now_s >= self._beat_s:
             self._beat_s = now_s + HEARTBEAT_S
             self._beat(now_s)
+        if self._stopped is not None:
+            raise self._stopped
         if not self._hosts:
             self._form(now_s)
         elif now_s >= self._line_s:
@@ -115,7 +119,8 @@ class Leader:
 
     def stopping(self, number: int, forced: bool) -> None:
         if not self._hosts:
-            self.failed(StoppedError(number))
+            self._stopped = StoppedError(number)
+            self.failed(self._stopped)
         else:
             self._coordinator.stopping(self.plan.host, number, forced)
 
@@ -350,11 +355,13 @@ class Leader:
         here = (self.plan.host, *self._members)
         missing = self._missing()
         if missing and now_s >= self._join_by_s:
-            enough = self.plan.policy.min_hosts
+            enough = self.plan.enough
             if not 0 < enough <= len(here):
                 reasons = self._guests.why_missing(missing)
-                waited = f"after {self.plan.join_timeout_s:g} s (--join-timeout)"
-                error = ClusterError(f"{len(missing)} of {len(self.plan.hosts)} hosts did not come {waited}: {reasons}")
+                waited = "" if self.plan.because else f" after {self.plan.join_timeout_s:g} s (--join-timeout)"
+                why = f"{self.plan.because}; " if self.plan.because else ""
+                total = len(self.plan.hosts)
+                error = ClusterError(f"{why}{len(missing)} of {total} hosts did not come{waited}: {reasons}")
                 self.failed(error)
                 raise error
             self._say(f"going on without {', '.join(missing)} (--min-hosts {enough})")
@@ -368,7 +375,7 @@ class Leader:
                 self._broadcast({"kind": "say", "line": line})
             return
         self._line_s = now_s + LINE_S
-        self._start(0, tuple(host for host in self.plan.hosts if host in here), "")
+        self._start(self._first_attempt, tuple(host for host in self.plan.hosts if host in here), "")
 
     def _missing(self) -> list[str]:
         return [host for host in self.plan.hosts if host != self.plan.host and host not in self._members]

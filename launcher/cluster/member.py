@@ -12,7 +12,7 @@ from launcher.cluster.probe import Probe
 from launcher.cluster.resolve import Resolver
 from launcher.cluster.sockets import begin_connect, connect_error
 from launcher.cluster.wire import WRONG_SECRET, Channel
-from launcher.errors import ClusterError, LauncherError
+from launcher.errors import ClusterError, LauncherError, StoppedError
 from launcher.evidence import HostReport, LostHost
 from launcher.record import as_dict, replace
 from launcher.supervisor.group import Finish, Stacks, Start, Stop, Sweep
@@ -37,8 +37,10 @@ _CLOSE_S = 2.0
 class Member:
     """The group as the supervisor of any host but the first sees it."""
 
-    def __init__(self, plan: ClusterPlan, say: Callable[[str], None]) -> None:
+    def __init__(self, plan: ClusterPlan, say: Callable[[str], None], attempt: int = 0) -> None:
+        """``attempt``: the number of the first one."""
         self.plan = plan
+        self.orphaned = False  # the leader is lost, this host's part is over, and the group may go on
         self._say = say
         self._leader = plan.hosts[0]
         self._epoll = select.epoll()
@@ -54,7 +56,7 @@ class Member:
         self._why = "its name is being resolved"
         self._hosts: tuple[str, ...] = ()  # of the current attempt; empty before the first
         self._slots: tuple[int, ...] = ()
-        self._attempt = -1
+        self.attempt = attempt
         self._orders: list[Order] = []
         self._report: HostReport | None = None
         self._lost: LostHost | None = None  # the leader
@@ -82,6 +84,8 @@ class Member:
     def next_time(self) -> float | None:
         if self._orders:
             return 0.0
+        if not self._hosts and self._ready and self._channel is not None:
+            return self._channel.heard_s + self.plan.host_timeout_s
         if not self._hosts:
             return min(self._line_s, self._join_by_s, self._give_up_s if self._busy() else self._next_try_s)
         times = []
@@ -120,6 +124,8 @@ class Member:
 
     def stopping(self, number: int, forced: bool) -> None:
         self._send({"kind": "stopping", "number": number, "forced": forced})
+        if not self._hosts:
+            self._abort = StoppedError(number)
 
     def quiet(self, still: bool) -> None:
         self._send({"kind": "quiet", "still": still})
@@ -158,6 +164,23 @@ class Member:
         self._resolver.close()
         self._epoll.close()
 
+    # ---- for the group's next life
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Those that were together."""
+        return self._hosts
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Those of them that may still be there."""
+        return tuple(host for host in self._hosts if host != self._leader)
+
+    @property
+    def loss(self) -> str:
+        """What happened to the leader, in words."""
+        return f"{self._leader} {self._lost.how}" if self._lost is not None else ""
+
     # ---- finding the leader
 
     def _busy(self) -> bool:
@@ -177,15 +200,21 @@ class Member:
             self._failed_try(now_s, f"{self._addresses[0]} does not answer")
         if not self._busy() and now_s >= self._next_try_s:
             self._begin(now_s)
-        if now_s >= self._join_by_s:
+        if self._ready:
+            self._check_joined(now_s)  # from now on the leader says how long it waits for others
+        elif now_s >= self._join_by_s:
             waited = f"for {self.plan.join_timeout_s:g} s (--join-timeout)"
-            if self._ready:
-                raise ClusterError(f"the leader {self._leader} waited in vain for other hosts {waited}")
-            raise ClusterError(f"the leader {self._leader} could not be reached {waited}: {self._why}")
-        if now_s >= self._line_s:
+            why = f"{self.plan.because}; " if self.plan.because else ""
+            raise ClusterError(f"{why}the leader {self._leader} could not be reached {waited}: {self._why}")
+        elif now_s >= self._line_s:
             self._line_s = now_s + LINE_S
-            if not self._ready:
-                self._say(f"waiting for the leader {self._leader}: {self._why}")
+            self._say(f"waiting for the leader {self._leader}: {self._why}")
+
+    def _check_joined(self, now_s: float) -> None:
+        channel = self._channel
+        if channel is not None and now_s - channel.heard_s >= self.plan.host_timeout_s:
+            channel.close(f"nothing was heard of it for {now_s - channel.heard_s:.1f} s")
+            self._settle(now_s)
 
     def _begin(self, now_s: float) -> None:
         if not self._addresses:
@@ -322,13 +351,13 @@ class Member:
         if self.plan.host not in hosts:
             raise ValueError("this host was left out")
         slots = messages.unpack_slots(message["slots"], len(hosts))
-        self._hosts, self._slots, self._attempt = hosts, slots, int(message["attempt"])
+        self._hosts, self._slots, self.attempt = hosts, slots, int(message["attempt"])
         self._report, self._cut, self._reachable = None, (), None
         address = str(message["address"]) or self._channel.address
         line = str(message["line"])
         port = int(message["port"])
         local = self._channel.local_address
-        self._orders.append(Start(self._attempt, hosts, slots, address, port, local, line))
+        self._orders.append(Start(self.attempt, hosts, slots, address, port, local, line))
         self._peers = {str(host): str(peer) for host, peer in message["peers"].items() if host != self.plan.host}
         self._peer_port = int(message["peer_port"])
         self._ask_peers()
@@ -379,6 +408,11 @@ class Member:
 
         report = self._report
         assert report is not None
+        enough = max(self.plan.policy.min_hosts, len(self._hosts) // 2 + 1)
+        may_go_on = self.plan.policy.min_hosts > 0 and len(self.left) >= enough and not report.stuck
+        if self._lost is not None and may_go_on and not report.evidence.stop_signal:
+            self.orphaned = True
+            return
         evidence = report.evidence
         if self._lost is not None:
             evidence = replace(evidence, lost_hosts=(self._lost,))

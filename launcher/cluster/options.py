@@ -30,6 +30,8 @@ class ClusterPlan(Record):
         peer_check: refuse, warn or off: what to do about hosts whose facts differ.
         master_address: MASTER_ADDR as the user gave it; "": the leader's own.
         program: what the user calls the job's script.
+        enough: with how many hosts to begin when others do not come in time.
+        because: why these hosts meet again, if they do; "" at first.
     """
 
     hosts: tuple[str, ...]
@@ -48,3 +50,5 @@ class ClusterPlan(Record):
     master_address: str
     program: str
     policy: Policy
+    enough: int
+    because: str = ""

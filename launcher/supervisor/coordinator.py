@@ -206,7 +206,8 @@ class Coordinator:
         if self.lost:
             # Fewer hosts are another job size, not another try: the count of restarts stays as it is.
             left = len(self.hosts) - len(self.lost)
-            if not 0 < self.policy.min_hosts <= left:
+            # With less than half, the others may have met again without this host.
+            if not 0 < self.policy.min_hosts <= left or 2 * left < len(self.hosts):
                 return None
             return f"{failed}restarting the group with the {left} hosts that are left"
         if verdict.kind == "launcher":
