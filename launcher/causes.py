@@ -9,7 +9,7 @@ import signal
 # operating system, as they appear in exceptions.
 PEER_LOST = re.compile(
     r"Connection reset by peer|Connection closed by (?:remote )?peer|Connection refused|Broken pipe|BrokenPipeError"
-    r"|ConnectionResetError|ConnectionRefusedError|ConnectionAbortedError"
+    r"|ConnectionResetError|ConnectionRefusedError|ConnectionAbortedError|Connection timed out|No route to host"
     r"|remote process exited|ncclRemoteError|NCCL communicator was aborted|Watchdog caught collective operation timeout"
     r"|Socket (?:Timeout|closed)|Broken pipe or Connection reset|failed to recv, got 0 bytes|EOFError(?!:)"
     r"|recvValue failed|sendBytes failed|The client socket has (?:failed|timed out)|DistNetworkError"

@@ -73,15 +73,24 @@ def here() -> Here:
     """This very host."""
     import os
 
-    from launcher import interfaces
-
     hostname = os.uname().nodename
-    return Here(
-        hostname=hostname,
-        full_name=lambda: interfaces.full_name(hostname),
-        addresses=lambda: [address for _, address in interfaces.addresses()],
-        resolve=interfaces.resolve,
-    )
+
+    def full_name() -> str:
+        from launcher import interfaces
+
+        return interfaces.full_name(hostname)
+
+    def addresses() -> list[str]:
+        from launcher import interfaces
+
+        return [address for _, address in interfaces.addresses()]
+
+    def resolve(name: str) -> list[str]:
+        from launcher import interfaces
+
+        return interfaces.resolve(name)
+
+    return Here(hostname=hostname, full_name=full_name, addresses=addresses, resolve=resolve)
 
 
 def find(

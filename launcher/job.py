@@ -248,6 +248,8 @@ def _container(
         return contract.read(base, environ), None
     hosts = host_lists.find(settings, None, (), environ, host_lists.here())
     base = settings["job_dir"].value or os.path.join("launcher_runs", run_id)
+    if len(hosts.hosts) > 1:
+        base = os.path.join(base, hosts.host)  # the same command runs on all hosts, on a file system they may share
     if not write:  # `plan` touches nothing: show the tree as it would be read back
         import tempfile
 

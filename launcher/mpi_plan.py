@@ -10,6 +10,8 @@ from launcher.record import Record, replace
 from launcher.supervisor.adoption import MpiPlan
 from launcher.supervisor.guardian import executable
 
+limit_slots = engine.limit_slots
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from launcher.job import JobSpec
     from launcher.supervisor.group import Start
 
-_TRUE = ("true", "1", "yes", "on")
-
 
 class MpiJob(Record):
     """What is settled before the hosts have met. ``mpirun``: None on hosts that only run daemons."""
@@ -28,14 +28,6 @@ class MpiJob(Record):
     mpirun: engine.Mpirun | None
     agent: str
     custom: engine.CustomOptions
-
-
-def is_mpi(spec: JobSpec) -> bool:
-    """Whether the job is one of MPI: asked for by option, else by the platform's ``sagemaker_mpi_enabled``."""
-    if spec["engine"] != "auto":
-        return bool(spec["engine"] == "mpi")
-    # The platform's SDK writes JSON; "False", as Python spells it, is taken for what it says.
-    return str(spec.container.reserved.get("sagemaker_mpi_enabled", "")).lower() in _TRUE
 
 
 def prepare(spec: JobSpec, leads: bool, environ: Mapping[str, str]) -> MpiJob:
@@ -74,8 +66,10 @@ def plan(
         prefix: what stands before the lines of a rank.
     """
 
-    def launch_for(launch: RankLaunch, who: Any, given: Mapping[str, str], program: str) -> RankLaunch:
-        adopted = engine.launch_for(launch, who, given, job.custom, program)
+    def launch_for(
+        launch: RankLaunch, who: Any, agent: Mapping[str, str], daemon: Mapping[str, str], program: str
+    ) -> RankLaunch:
+        adopted = engine.launch_for(launch, who, agent, daemon, job.custom, program)
         return adopted if who.rank == launch.rank else replace(adopted, prefix=prefix(adopted))
 
     command: list[str] = []

@@ -158,10 +158,13 @@ def discard_tree(spec: JobSpec) -> None:
     import shutil
 
     base = spec.container.paths.base
-    if os.path.basename(os.path.dirname(base)) == "launcher_runs":  # one that the user named may hold other things
-        shutil.rmtree(base, ignore_errors=True)
-        if not os.listdir(os.path.dirname(base)):
-            os.rmdir(os.path.dirname(base))
+    if spec["job_dir"]:
+        return  # one that the user named may hold other things
+    shutil.rmtree(base, ignore_errors=True)
+    above = os.path.dirname(base)
+    while os.path.basename(base) != "launcher_runs" and not os.listdir(above):
+        os.rmdir(above)
+        base, above = above, os.path.dirname(above)
 
 
 # ---- preparing

@@ -2,11 +2,11 @@
 
     python -m launcher --nproc-per-node 2 examples/digits/train.py --epochs 12
 
-The images come from the channel ``training`` (``train.npz`` and ``test.npz``, see ``prepare.py``); when the job
-has no such channel, rank 0 makes the files in the place where the channel would be. Rank 0 writes ``model.pt``
+The images come from the channel ``training`` (``train.npz`` and ``test.npz``, see ``prepare.py``); when the job has no
+such channel, one rank of each host makes the files in the place where the channel would be. Rank 0 writes ``model.pt``
 and ``metrics.json`` into the model directory, and a checkpoint after every epoch. When the job is asked to stop, all
-ranks agree on the step to stop at, the checkpoint is written, and every rank ends with 0; the next run
-goes on from there, with any number of ranks.
+ranks agree on the step to stop at, the checkpoint is written, and every rank ends with 0; the next run goes on from
+there, with any number of ranks.
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ def parse_arguments(ctx: launcher.Context) -> argparse.Namespace:
 
 
 def find_data(ctx: launcher.Context, given: Path | None, model_dir: Path) -> Path:
-    """Return the directory of the images, the same on all ranks; rank 0 makes it when the job brought none."""
+    """Return the directory of the images; one rank of each host makes it when the job brought none."""
     if given is not None:
         return given
-    place = [model_dir.absolute().parent / "input" / "data" / "training"]
-    if ctx.rank == 0 and not (place[0] / "train.npz").exists():
-        print(f"no channel 'training' in this job: writing the digits of scikit-learn to {place[0]}", flush=True)
-        write_digits(place[0])
+    place = model_dir.absolute().parent / "input" / "data" / "training"
+    if ctx.local_rank == 0 and not (place / "train.npz").exists():
+        print(f"no channel 'training' in this job: writing the digits of scikit-learn to {place}", flush=True)
+        write_digits(place)
     if ctx.world_size > 1:
-        dist.broadcast_object_list(place, src=0)
-    return place[0]
+        dist.barrier()
+    return place
 
 
 def load(path: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,10 +125,16 @@ class Trainer:
         self.checkpoint = Path(ctx.checkpoint_dir) / "digits.pt"
 
     def resume(self) -> None:
-        """Take up the checkpoint of an earlier run, if there is one."""
-        if not self.checkpoint.exists():
+        """Take up the checkpoint of an earlier run, if there is one: rank 0 reads it, other hosts may not have it."""
+        state = None
+        if self.ctx.rank == 0 and self.checkpoint.exists():
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if self.ctx.world_size > 1:
+            shared = [state]
+            dist.broadcast_object_list(shared, src=0)
+            state = shared[0]
+        if state is None:
             return
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.position, self.history = Position(**state["position"]), state["history"]

@@ -98,7 +98,8 @@ def choose_controller(asked: str, build: Build, environ: Mapping[str, str], mpir
 
     Args:
         asked: the option's value, with ``auto`` for no wish.
-        mpirun: path of the mpirun that would be used, "" for none.
+        mpirun: the mpirun that would be used, "" for none. All hosts must choose alike, though only the first needs
+            one: of several, each gives a name here.
 
     Raises:
         UsageError: what was asked for is not in this build.

@@ -23,8 +23,8 @@ _NAMES = ("mpirun", "mpiexec", "mpiexec.hydra")
 _VERSION_LIMIT_S = 10.0
 # mpirun lets each daemon start others, this many at most. The agent answers on the first host only.
 _RADIX = 64
-# Of mpirun's word on a rank, what the rank must know. The rest of a daemon's environment is another host's.
-_FROM_DAEMON = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDI_", "MPI_LOCAL")
+# The agent's own, and what was set for mpirun and daemons only.
+_NOT_FOR_RANKS = ("LAUNCHER_AGENT_SOCKET", "TMPDIR", "PWD", "OLDPWD", "SHLVL", "_")
 # What would take the start of daemons or the layout of the ranks out of the launcher's hands.
 _RESERVED = {
     **dict.fromkeys(("host", "H", "hosts", "hostfile", "machinefile", "f"), "--hosts or --hostfile"),
@@ -214,7 +214,9 @@ def command_of(
         ours = _open_mpi_options(mpirun, agent, interface, len(used), as_root)
         layout = ["--host", listed, "-np", ranks]
     words = [word for keys, option in ours if not custom.keys.intersection(keys) for word in option]
-    return [mpirun.path, *words, *custom.words, *layout, agent, "--rank"]
+    # Spelled differently: Open MPI 5 takes the first word that equals the program's for its beginning.
+    program = os.path.join(os.path.dirname(agent), os.curdir, os.path.basename(agent))
+    return [mpirun.path, *words, *custom.words, *layout, program, "--rank"]
 
 
 def _open_mpi_options(
@@ -283,24 +285,27 @@ def identity(environ: Mapping[str, str]) -> RankIdentity | None:
 
 
 def launch_for(
-    launch: RankLaunch, who: RankIdentity, given: Mapping[str, str], custom: CustomOptions, program: str
+    launch: RankLaunch,
+    who: RankIdentity,
+    agent: Mapping[str, str],
+    daemon: Mapping[str, str],
+    custom: CustomOptions,
+    program: str,
 ) -> RankLaunch:
-    """``launch`` as rank ``who`` of an MPI job.
+    """``launch`` as rank ``who`` of an MPI job: this host's environment, and over it what the daemon has set.
 
     Args:
-        given: the environment that the daemon gave the agent.
+        agent: the environment that the daemon gave the agent.
+        daemon: the environment that the daemon itself was given.
         program: mpirun's or the daemon's, which tells the MPI library.
     """
     environ = dict(launch.environ)
-    for name, value in given.items():
-        if name.startswith(_FROM_DAEMON) or name in custom.exported:
+    for name, value in agent.items():
+        if daemon.get(name) != value and name not in _NOT_FOR_RANKS:
             environ[name] = value
     for name, text in custom.exported.items():
         if text is not None:
             environ[name] = text
-    # As mpirun does: a program finds the libraries of the MPI that starts it.
-    if given.get("LD_LIBRARY_PATH"):
-        environ["LD_LIBRARY_PATH"] = given["LD_LIBRARY_PATH"]
     if "MPI4PY_MPIABI" not in environ and "MPI4PY_LIBMPI" not in environ:
         library = library_of(program)
         if library:  # mpi4py's wheels fit any MPI, and would take the first that they find

@@ -105,9 +105,11 @@ class Context:
             try:
                 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                     signal.signal(signal.SIGTERM, self._on_stop)
+                    self._handles_signal = True
                 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                     signal.signal(signal.SIGINT, self._on_stop)  # Ctrl-C; a second one kills
-                    self._handles_signal = True
+                else:
+                    self._handles_signal = False  # a signal that the script takes for itself: the file tells
             except ValueError:
                 # Only the main thread can set a handler; the deadline file still tells.
                 print("[launcher] stop_requested was first read outside the main thread", file=sys.stderr)

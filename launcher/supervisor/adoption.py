@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import time
 
-from launcher.record import Record
+from launcher.evidence import EXIT
+from launcher.record import Record, replace
 from launcher.supervisor.guardian import FIRST_HELPER, spawn_fields
 
 TYPE_CHECKING = False
@@ -68,7 +69,8 @@ class MpiPlan(Record):
         environ: for mpirun and daemons.
         directory: theirs; one that every host has.
         identify: from an agent's environment to the rank that it stands for, None for no rank.
-        launch_for: a rank's launch as the MPI job wants it: launch, identity, the agent's environment, program.
+        launch_for: a rank's launch as the MPI job wants it: from the launch, the rank's identity, the agent's
+            environment, that of the daemon that started it, and the daemon's program.
         daemon: from the arguments for ssh, and this host's environment, to the daemon's command (ValueError: refused).
         host_of: from the arguments for ssh to the host (ValueError: none).
         start_daemon: has a daemon started on a host: host, arguments for ssh, connection. Its end comes as
@@ -82,7 +84,7 @@ class MpiPlan(Record):
     environ: dict[str, str]
     directory: str
     identify: Callable[[Mapping[str, str]], Identity | None]
-    launch_for: Callable[[RankLaunch, Any, Mapping[str, str], str], RankLaunch]
+    launch_for: Callable[[RankLaunch, Any, Mapping[str, str], Mapping[str, str], str], RankLaunch]
     daemon: Callable[[Sequence[str], Mapping[str, str]], Daemon]
     host_of: Callable[[Sequence[str]], str]
     start_daemon: Callable[[str, Sequence[str], int], None]
@@ -107,6 +109,7 @@ class Adoption:
         self._daemons_asked: set[int] = set()  # connections of agents that stand for a daemon somewhere
         self._asked: set[int] = set()  # slots that mpirun has asked for
         self._program = plan.command[0] if plan.command else ""
+        self._environ: Mapping[str, str] = plan.environ  # of mpirun, or the daemon
         self._aborted: tuple[int, int] | None = None  # rank and code, by mpirun's words
         self._pending: tuple[float, str, int] | None = None
         self._linger_at_s = 0.0
@@ -149,12 +152,18 @@ class Adoption:
                 self.attempt.say(f"all ranks have ended, {self.plan.program} has not for {_LINGER_S:g} s: ending it")
                 self.attempt.sweep(0)
 
+    def corrected(self, record: ExitRecord) -> ExitRecord:
+        """``record``, as the rank would have ended if MPICH did not let a rank that gives up wait to be killed."""
+        found = _MPICH_ABORT.search(record.stderr_tail) if record.failed else None
+        # One that gives up because it was told to end is no cause of anything.
+        if found is None or (record.told_ns and not self.stop_reason):
+            return record
+        message = record.message or f"MPI: {found[2]}"
+        return replace(record, how=EXIT, value=exit_code(int(found[1])), told_ns=0, message=message)
+
     def aborted(self, records: Sequence[ExitRecord]) -> tuple[int, int] | None:
-        """The rank that called MPI_Abort, and its code, as the MPI library has said."""
+        """The rank that called MPI_Abort, and its code, as Open MPI has said."""
         for record in records:
-            found = _MPICH_ABORT.search(record.stderr_tail) if record.failed else None
-            if found:
-                return record.rank, exit_code(int(found[1]))
             if record.failed:
                 self._note_abort(record.stderr_tail)
         return self._aborted
@@ -218,12 +227,12 @@ class Adoption:
             return
         self._asked.add(who.local_rank)
         self._rank_of[connection] = who.local_rank
-        self.attempt.start_rank(self.plan.launch_for(launch, who, environ, self._program), connection)
+        self.attempt.start_rank(self.plan.launch_for(launch, who, environ, self._environ, self._program), connection)
 
     def _ask_for_daemon(self, connection: int, words: list[str]) -> None:
+        self._daemons_asked.add(connection)
         try:
             host = self.plan.host_of(words)
-            self._daemons_asked.add(connection)
             self.plan.start_daemon(host, words, connection)
         except ValueError as error:
             self.daemon_ended(connection, 1, f"refused to start a daemon: {error}")
@@ -310,7 +319,7 @@ class Adoption:
         if not self.attempt.running:
             self.plan.daemon_told(connection, 128 + _SIGTERM, "")
             return
-        self._program = command.argv[0]
+        self._program, self._environ = command.argv[0], command.environ
         self._last_slot -= 1
         self._spawn(self._last_slot, command.name, command.argv, command.environ, connection)
 
