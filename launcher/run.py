@@ -162,9 +162,12 @@ def discard_tree(spec: JobSpec) -> None:
         return  # one that the user named may hold other things
     shutil.rmtree(base, ignore_errors=True)
     above = os.path.dirname(base)
-    while os.path.basename(base) != "launcher_runs" and not os.listdir(above):
-        os.rmdir(above)
-        base, above = above, os.path.dirname(above)
+    try:
+        while os.path.basename(base) != "launcher_runs":
+            os.rmdir(above)
+            base, above = above, os.path.dirname(above)
+    except OSError:
+        return  # other things are in it, other hosts' trees for example
 
 
 # ---- preparing

@@ -198,7 +198,8 @@ def test_source_of_the_hosts(
     assert found["topology"]["host_rank"] == host_rank
     assert found["topology"]["world_size"] == 4
     assert found["hosts"]["slots_known"] is False
-    # The tree that is made says the same as the list.
+    # The tree that is made says the same as the list, and is this host's own, were the file system shared.
+    assert found["container"]["base"] == str(job.base / found["hosts"]["this"])
     assert json.loads(found["environment"]["SM_HOSTS"]) == found["hosts"]["list"]
     assert found["environment"]["SM_CURRENT_HOST"] == found["hosts"]["this"]
 

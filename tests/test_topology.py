@@ -9,23 +9,33 @@ import pytest
 
 from launcher.errors import UsageError
 from launcher.job import Setting, count_ranks, parse_map, parse_ranks
-from launcher.topology import choose_hosts, plan, share_cpus, threads_for
+from launcher.topology import plan, share_cpus, threads_for
 
 SEEDS = range(40)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ranks_are_dense_host_by_host(seed: int) -> None:
+    """Any number of hosts, any number of ranks on each: every rank on exactly one host, in the order of devices."""
     chance = random.Random(seed)
     hosts = [f"h{number}" for number in chance.sample(range(100), chance.randint(1, 9))]
-    slots = chance.randint(1, 16)
-    views = [plan(hosts, host, slots, [()] * slots, 1) for host in hosts]
+    equal = chance.randint(1, 16)
+    slots = [chance.choice([equal, chance.randint(1, 16)]) for _ in hosts]
+    views = [plan(hosts, host, slots, [(rank,) for rank in range(16)], 1) for host in hosts]
     places = [place for view in views for place in view.local]
-    assert [place.rank for place in places] == list(range(slots * len(hosts)))
+    assert [place.rank for place in places] == list(range(sum(slots)))
     for index, view in enumerate(views):
-        assert [place.local_rank for place in view.local] == list(range(slots))
+        assert [place.local_rank for place in view.local] == list(range(slots[index]))
+        assert [place.cpus for place in view.local] == [(rank,) for rank in range(slots[index])]
         assert {(place.host, place.host_rank) for place in view.local} == {(hosts[index], index)}
-        assert (view.world_size, view.slots, view.hosts) == (len(places), (slots,) * len(hosts), tuple(hosts))
+        assert (view.host, view.host_rank) == (hosts[index], index)
+        assert (view.world_size, view.slots, view.hosts) == (len(places), tuple(slots), tuple(hosts))
+
+
+def test_eight_here_four_there() -> None:
+    view = plan(["a", "b", "c"], "b", [8, 4, 8], [()] * 4, 2)
+    assert [place.rank for place in view.local] == [8, 9, 10, 11]
+    assert (view.world_size, view.threads_per_rank) == (20, 2)
 
 
 def machine(chance: random.Random) -> tuple[list[int], dict[int, tuple[int, int]]]:
@@ -133,16 +143,3 @@ def test_ranges_are_what_their_members_are(seed: int) -> None:
         pieces.append(str(first) if first == last else f"{first}-{last}")
         expected += range(first, last + 1)
     assert parse_ranks(",".join(pieces), "filter", 32) == expected
-
-
-def test_choose_hosts() -> None:
-    assert choose_hosts("abc", "abc", "b", True, "") == ("b",)
-    assert choose_hosts("abc", "ac", "a", False, "2") == ("a", "c")
-    assert choose_hosts("abc", "ac", "b", False, "") == ("b",)
-    assert choose_hosts("abc", "abc", "b", False, "1:4") == ("a", "b", "c")
-
-
-@pytest.mark.parametrize("nnodes", ["2", "4:8", "1:2", "two", "1:x", ":"])
-def test_nnodes_must_agree_with_the_host_list(nnodes: str) -> None:
-    with pytest.raises(UsageError, match="nnodes"):
-        choose_hosts("abc", "abc", "b", False, nnodes)

@@ -141,8 +141,8 @@ class JobStore:
         self._peers = frozenset((own, *peers))
         return self._store.reset()
 
-    def close(self) -> None:
-        """Stops serving."""
+    def release(self) -> None:
+        """Stops serving, if it does."""
         self._store.close()
 
     def _admit(self, address: str) -> bool:

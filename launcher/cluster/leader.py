@@ -402,7 +402,7 @@ class Leader:
                 "port": self._port,
                 "line": line,
                 "peers": peers if asked else {},
-                "peer_port": self.leader_port,
+                "peer_port": self.plan.leader_port + PORTS,  # nothing listens there, and "refused" is an answer
             }
         )
         own = next((member.channel.local_address for member in self._members.values()), "127.0.0.1")

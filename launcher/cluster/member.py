@@ -47,13 +47,18 @@ class Member:
         self._resolver = Resolver([self._leader], plan.addresses)
         self._epoll.register(self._resolver.fileno(), select.EPOLLIN)
         self._addresses: tuple[str, ...] = ()
+        own = plan.addresses.get(plan.host, plan.host)
+        # Of several addresses, the leader expects the one that the host list has.
+        self._source = own if own.replace(".", "").isdigit() or ":" in own else ""
         self._connecting: socket.socket | None = None
         self._channel: Channel | None = None
         self._ready = False  # the handshake is done, and hello is sent
         self._writing = False
+        self._told = ""  # why the leader does not let this host in yet
         self._try = 0
         self._retry_wait_s = _FIRST_RETRY_S
         self._why = "its name is being resolved"
+        self._heard_why = False  # in this round over the ports: from a leader, not from the kernel
         self._hosts: tuple[str, ...] = ()  # of the current attempt; empty before the first
         self._slots: tuple[int, ...] = ()
         self.attempt = attempt
@@ -226,7 +231,7 @@ class Member:
         self._try += 1
         address = self._addresses[turn % len(self._addresses)]
         try:
-            self._connecting = begin_connect(address, self.plan.leader_port + port)
+            self._connecting = begin_connect(address, self.plan.leader_port + port, self._source)
         except ClusterError as error:
             self._failed_try(now_s, str(error))
             return
@@ -249,16 +254,19 @@ class Member:
         self._writing = False
         self._settle(now_s)
 
-    def _failed_try(self, now_s: float, why: str) -> None:
+    def _failed_try(self, now_s: float, why: str, heard: bool = False) -> None:
+        """``heard``: something answered, which tells more than a port where nothing listens."""
         if self._connecting is not None:
             self._epoll.unregister(self._connecting.fileno())
             self._connecting.close()
             self._connecting = None
-        self._why = why
+        if heard or not self._heard_why:
+            self._why, self._heard_why = why, heard
         self._give_up_s = float("inf")
         # The next port at once; a pause after all of them, and the name once more: it may have changed.
         self._next_try_s = now_s
         if self._try % PORTS == 0:
+            self._heard_why = False
             self._resolver.ask([self._leader])
             self._next_try_s = now_s + self._wait_longer()
 
@@ -309,7 +317,8 @@ class Member:
         self._ready = False
         if channel.cause == "bad-proof" or channel.refusal == WRONG_SECRET:
             self._say(f"WARNING: {channel.closed}")
-        self._failed_try(now_s, channel.closed)
+        self._failed_try(now_s, self._told or channel.closed, heard=True)
+        self._told = ""
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._channel is not None:
@@ -336,7 +345,7 @@ class Member:
         elif kind == "say":
             self._say(str(message["line"]))
         elif kind == "wait":
-            self._why = f"it does not let this host in: {message['text']}"
+            self._told = f"it does not let this host in: {message['text']}"
         elif kind == "verdict":
             self._take_verdict(message)
         elif kind == "abort":

@@ -53,8 +53,11 @@ def numeric_name(sock: socket.socket, name: Callable[[socket.socket], Any]) -> s
         return ""  # reset before we came to ask: the first read tells
 
 
-def begin_connect(address: str, port: int) -> socket.socket:
+def begin_connect(address: str, port: int, source: str = "") -> socket.socket:
     """A socket that connects to a numeric address in the background. Writable: :func:`connect_error` has the outcome.
+
+    Args:
+        source: numeric address to come from, if it is one of this host and of the same kind.
 
     Raises:
         ClusterError: ``address`` is no numeric IPv4 or IPv6 address.
@@ -70,6 +73,11 @@ def begin_connect(address: str, port: int) -> socket.socket:
         raise ClusterError(f"cannot connect to {address}: {error.strerror}") from error
     sock.setblocking(False)
     set_options(sock)
+    if source and (":" in source) == (family == socket.AF_INET6):
+        try:
+            sock.bind((source, 0))
+        except OSError:
+            pass  # not this host's (behind a gateway, say): the kernel chooses
     code = sock.connect_ex(sockaddr)
     sock.failed = 0 if code in (0, errno.EINPROGRESS, errno.EINTR) else code
     return sock

@@ -142,10 +142,7 @@ def with_gloo(
         interface: network interface for the ranks' connections; "" lets Gloo choose by the host's name. A value of
             the user's own wins.
     """
-    environ = dict(launch.environ)
-    # Its elastic mode asks a driver of its own for new ranks. Here the whole group is started again instead.
-    environ.pop("HOROVOD_ELASTIC", None)
-    environ.update(place_variables(place, topology))
+    environ = _environ(launch, place, topology)
     environ.update(
         HOROVOD_CONTROLLER=GLOO,
         HOROVOD_CPU_OPERATIONS=GLOO,
@@ -156,6 +153,18 @@ def with_gloo(
         environ.setdefault("HOROVOD_GLOO_IFACE", interface)
     environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(_TIMEOUT_S))
     return replace(launch, environ=environ)
+
+
+def with_mpi(launch: RankLaunch, place: RankPlace, topology: Topology) -> RankLaunch:
+    """A rank's launch with the variables of the MPI controller, which learns the ranks' places from MPI itself."""
+    return replace(launch, environ={**_environ(launch, place, topology), "HOROVOD_CONTROLLER": MPI})
+
+
+def _environ(launch: RankLaunch, place: RankPlace, topology: Topology) -> dict[str, str]:
+    environ = {**launch.environ, **place_variables(place, topology)}
+    # Its elastic mode asks a driver of its own for new ranks. Here the whole group is started again instead.
+    environ.pop("HOROVOD_ELASTIC", None)
+    return environ
 
 
 # ---- where it is, and what its library says

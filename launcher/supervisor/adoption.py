@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 
 _MPIRUN = FIRST_HELPER
+_STOP = "stop"  # the stage of an attempt, see attempt.py (which imports this module)
 _SIGTERM = 15
 _FORWARDED = (10, 12)  # SIGUSR1, SIGUSR2
 _ALREADY = 114  # EALREADY: the guardian listens since the attempt before
@@ -48,6 +49,7 @@ _LINGER_S = 10.0
 # What mpirun does for no visible reason often has one that another host is about to tell.
 _REASON_S = 0.5
 _TAIL_LINES = 6
+_PF_EXITING = 0x4  # include/linux/sched.h, field 9 of /proc/pid/stat
 
 # "Abort(7) on node 1 (rank 1 in comm 0): application called MPI_Abort(MPI_COMM_WORLD, 7) - process 1"
 _MPICH_ABORT = re.compile(r"^Abort\((-?\d+)\) on node \d+ \(rank -?\d+ in comm \S+\): (.*)", re.MULTILINE)
@@ -108,6 +110,7 @@ class Adoption:
         self._rank_of: dict[int, int] = {}  # connection -> slot
         self._daemons_asked: set[int] = set()  # connections of agents that stand for a daemon somewhere
         self._asked: set[int] = set()  # slots that mpirun has asked for
+        self._leaving: set[int] = set()  # those that were ending by themselves when MPI's doings ended the attempt
         self._program = plan.command[0] if plan.command else ""
         self._environ: Mapping[str, str] = plan.environ  # of mpirun, or the daemon
         self._aborted: tuple[int, int] | None = None  # rank and code, by mpirun's words
@@ -153,7 +156,10 @@ class Adoption:
                 self.attempt.sweep(0)
 
     def corrected(self, record: ExitRecord) -> ExitRecord:
-        """``record``, as the rank would have ended if MPICH did not let a rank that gives up wait to be killed."""
+        """``record`` of a rank that was told to end, or killed, only because it had failed before."""
+        if record.local_rank in self._leaving:
+            return replace(record, told_ns=0)
+        # A rank that calls MPI_Abort of MPICH waits to be killed.
         found = _MPICH_ABORT.search(record.stderr_tail) if record.failed else None
         # One that gives up because it was told to end is no cause of anything.
         if found is None or (record.told_ns and not self.stop_reason):
@@ -276,10 +282,10 @@ class Adoption:
             self._judge_daemon(f"the MPI daemon {where} {how}", killed, code)
 
     def _judge_mpirun(self, text: str, killed: bool, code: int, tail: str) -> None:
-        if not self.attempt.running:
-            return
-        if killed:
+        if killed and self._unexplained():
             self.attempt.fail(f"{text} while ranks were at work" if self._asked else text, code)
+        elif not self.attempt.running:
+            return
         elif code and not self._asked:
             self.attempt.fail(f"{text} before it had started a rank{_last_lines(tail)}", code)
         elif not self.attempt.all_ended():
@@ -288,12 +294,17 @@ class Adoption:
             self.attempt.say(f"WARNING: {text}, although all ranks here have ended with 0")
 
     def _judge_daemon(self, text: str, killed: bool, code: int) -> None:
-        if not self.attempt.running or (not code and self.attempt.all_ended()):
-            return
-        if killed:
+        if killed and self._unexplained():
             self.attempt.fail(text, code)
-        else:
+        elif self.attempt.running and (code or not self.attempt.all_ended()):
             self._suspect(f"{text} while ranks are at work", code or 1)
+
+    def _unexplained(self) -> bool:
+        """Whether nothing ended the attempt yet, or nothing better than what stand-ins have seen of MPI's end."""
+        if self.attempt.running:
+            return True
+        failed = any(record.failed and not record.told_first for record in self.attempt.records.values())
+        return bool(self.stop_reason) and self.attempt.stage == _STOP and not failed
 
     def _on_spawn_failed(self, event: Event) -> None:
         import os
@@ -361,6 +372,8 @@ class Adoption:
 
     def _stop(self, reason: str, code: int) -> None:
         if self.attempt.running:
+            # MPICH's daemon sees a rank's end by its closed connection, and acts before the process has quite ended.
+            self._leaving = {slot for slot, pid in self.attempt.pids.items() if slot >= 0 and is_exiting(pid)}
             self.stop_reason, self.stop_code = reason, code
             self.attempt.stop(_SIGTERM, self.attempt.plan.grace_failure_s)
 
@@ -385,6 +398,16 @@ class _Running:
 def exit_code(code: int) -> int:
     """What a process can end with for a code given to MPI_Abort; never 0."""
     return code & 0xFF or 1
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether a process is on its way out of the kernel, or gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            flags = int(file.read().rpartition(")")[2].split()[6])
+    except (OSError, ValueError, IndexError):
+        return True
+    return bool(flags & _PF_EXITING)
 
 
 def _signal_name(number: int) -> str:

@@ -115,6 +115,8 @@ void Guardian::run() {
         read_commands();
       } else if (fd == supervisor_fd_) {
         abandon();
+      } else if (agents_) {
+        agents_->serve(fd);
       }
     }
     reap();
@@ -176,6 +178,12 @@ void Guardian::handle(const Fields& fields) {
   } else if (verb == "say") {
     const int stream = static_cast<int>(cursor.number("stream"));
     say(stream, cursor.text("text"));
+  } else if (verb == "listen") {
+    listen_command(cursor.text("path"));
+  } else if (verb == "reply") {
+    const int connection = static_cast<int>(cursor.number("connection"));
+    const int code = static_cast<int>(cursor.number("code"));
+    if (agents_) agents_->end(connection, code, cursor.text("text"));
   } else if (verb == "stats") {
     send_stats();
   } else if (verb == "hello") {
@@ -207,6 +215,8 @@ void Guardian::spawn_command(FieldCursor& cursor) {
   for (const auto& cpu : cursor.list("cpus")) request.cpus.push_back(std::stoi(cpu));
   request.argv = cursor.list("argv");
   request.environment = cursor.list("environment");
+  const int connection = static_cast<int>(cursor.number("connection"));
+  if (connection != 0 && agents_) request.inherited = agents_->descriptors(connection);
 
   std::array<int, 2> out_pipe{-1, -1};
   std::array<int, 2> err_pipe{-1, -1};
@@ -233,8 +243,8 @@ void Guardian::spawn_command(FieldCursor& cursor) {
   std::erase_if(retired_, [](const auto& pump) { return pump->ended(); });
   rank = Rank{};
   try {
-    rank.pump = std::make_unique<RankPump>(slot, prefix, raw_, cap_bytes_, std::move(out), std::move(err),
-                                           [this](std::string text) { add_note(std::move(text)); });
+    rank.pump = std::make_unique<RankPump>(slot, prefix, raw_ && slot >= kZygote, cap_bytes_, std::move(out),
+                                           std::move(err), [this](std::string text) { add_note(std::move(text)); });
     if (kind == "fork") {
       queue_fork(slot, request);
     } else {
@@ -243,6 +253,8 @@ void Guardian::spawn_command(FieldCursor& cursor) {
         send({"spawn_failed", str(slot), str(result.error), result.step});
       } else {
         rank.pid = result.pid;
+        rank.connection = connection;
+        if (agents_) agents_->close_descriptors(connection);
         send({"started", str(slot), str(result.pid), str(monotonic_ns())});
       }
     }
@@ -260,6 +272,19 @@ void Guardian::spawn_command(FieldCursor& cursor) {
     zygote_ready_ = false;
     ::fcntl(zygote_fd_, F_SETFL, O_NONBLOCK);
     add_watch(zygote_fd_, EPOLLIN);
+  }
+}
+
+void Guardian::listen_command(const std::string& path) {
+  try {
+    if (!agents_) {
+      agents_ = std::make_unique<AgentServer>(epoll_fd_, ::getpid(), [this](const Fields& fields) { send(fields); });
+    }
+    agents_->listen(path);
+    send({"listening", "0", ""});
+  } catch (const std::system_error& error) {
+    const std::string what = error.what();
+    send({"listening", str(error.code().value()), as_field(what.substr(0, what.find(": ")))});
   }
 }
 
@@ -375,7 +400,8 @@ void Guardian::signal_command(int slot, int number) {
   const bool stops = number == SIGTERM || number == SIGINT || number == SIGHUP || number == SIGQUIT;
   if (slot == kAllRanks && stops) broadcast_ = number;
   for (auto& [index, rank] : ranks_) {
-    if (rank.pid == 0 || index == kZygote || (slot != kAllRanks && slot != index)) continue;
+    if (rank.pid == 0 || index == kZygote || (index < kZygote && slot != index) || (slot != kAllRanks && slot != index))
+      continue;
     if (number != SIGCONT && process_state(rank.pid) == 'T') rank.stopped = true;
     ::kill(rank.pid, number);
     // A stopped rank would keep the signal pending for ever.
@@ -432,6 +458,9 @@ bool Guardian::adopt_exit(pid_t pid, int how, int value) {
         str(usage.ru_maxrss), str(microseconds(usage.ru_utime)), str(microseconds(usage.ru_stime)),
         rank->stopped ? "1" : "0", as_field(tails.out), as_field(tails.err)});
   rank->pid = 0;
+  // mpirun answers a failure by killing the job at once. The supervisor gives the other ranks their grace, and decides.
+  if (!failed && rank->connection != 0 && agents_) agents_->end(rank->connection, 0, "");
+  rank->connection = 0;
   if (slot == kZygote) zygote_pid_ = 0;
   return true;
 }
@@ -499,11 +528,13 @@ void Guardian::kill_pass() {
   for (const auto& [pid, info] : stopped) {
     send_signal(info, SIGKILL);
     int slot = 0;
-    if (find_rank(pid, slot) == nullptr) sweep_.killed.emplace(pid, info.command);
+    if (find_rank(pid, slot) == nullptr && !(agents_ && agents_->is_helper(pid)))
+      sweep_.killed.emplace(pid, info.command);
   }
 }
 
 void Guardian::abandon() {
+  if (agents_) agents_->unlink_socket();
   // The supervisor is gone: nobody is left to decide anything, and no rank may outlive it.
   quitting_ = true;
   const auto deadline = Clock::now() + 2 * kKillLimit;
@@ -525,6 +556,7 @@ void Guardian::abandon() {
 
 void Guardian::quit() {
   quitting_ = true;
+  if (agents_) agents_->unlink_socket();
   if (zygote_fd_ >= 0) {
     if (zygote_pid_ != 0) ::kill(zygote_pid_, SIGKILL);
     forks_pending_ = 0;

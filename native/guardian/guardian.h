@@ -9,10 +9,14 @@
 //
 // Commands (from the supervisor), one frame each; lists are a count followed by the items:
 //   hello   cap_bytes raw                         first; raw = 1: one rank only, output passed through unchanged
-//   spawn   kind slot directory out_path err_path console prefix cpus[] argv[] environment[]
+//   spawn   kind slot directory out_path err_path console prefix cpus[] argv[] environment[] connection
 //           kind: exec | zygote (a child that forks ranks) | fork (a rank forked by the zygote)
+//           slot: a local rank; -1 is the zygote's; below -2 are helpers, which are no ranks (mpirun, MPI daemons)
 //           console: bit 0 shows stdout, bit 1 stderr
-//   signal  slot number                           to the leader only; slot -2: all living ranks
+//           connection: the agent that it stands for, whose descriptors it gets (exec only); 0: none
+//   signal  slot number                           to the leader only; slot -2: all living ranks, no helper
+//   listen  path                                  serves agents there from now on, see agents.h
+//   reply   connection code text                  lets an agent say `text` ("": nothing) and end with `code`
 //   sweep   term_ms                               end whatever is left: SIGTERM, after term_ms SIGKILL until empty
 //   stats   -                                     asks for the counters
 //   say     stream text                           a line of the launcher's own for fd 1 or 2
@@ -21,7 +25,15 @@
 //   started slot pid monotonic_ns
 //   spawn_failed slot errno step
 //   exited  slot pid how value monotonic_ns maxrss_kib utime_us stime_us stopped out_tail err_tail
-//           how: exit | signal; value: the code or the signal number; slot -1 is the zygote
+//           how: exit | signal; value: the code or the signal number
+//   listening errno step                          0: agents are served
+//   request connection pid parent parent_command kind directory argv[] environment[]
+//           an agent (process `pid`, started by `parent`) wants something started; kind: rsh | rank. It is told by
+//           itself when what stands for it has ended with 0, and only then: of a failure mpirun shall not know first
+//   hangup  connection cause                      an agent went away before it was told to; what stands for it lives
+//   on;
+//           cause: gone (killed) | orphaned (its parent has ended) | garbage
+//   agent_signal connection number                the agent was sent a signal
 //   empty   killed[]                              nothing is left; "pid command" of each process that had to be killed
 //   stuck   survivors[]                           "pid state wait_channel command" of what SIGKILL did not end in time
 //   stats   bytes_of_slots[]  dropped_lines       "slot bytes" each
@@ -38,6 +50,7 @@
 #include <string>
 #include <vector>
 
+#include "agents.h"
 #include "console.h"
 #include "process.h"
 #include "pump.h"
@@ -60,6 +73,7 @@ class Guardian {
   struct Rank {
     pid_t pid = 0;  // 0: not (or no longer) running
     bool stopped = false;
+    int connection = 0;  // the agent that it stands for; 0: none
     std::unique_ptr<RankPump> pump;
   };
   // A fork that the zygote has not been told of (in full). Owns the two descriptors.
@@ -87,6 +101,7 @@ class Guardian {
   void drop_forks();
   void read_zygote();
   void add_note(std::string text);
+  void listen_command(const std::string& path);
   void signal_command(int slot, int number);
   void say(int stream, const std::string& text);
   void send_stats();
@@ -129,6 +144,7 @@ class Guardian {
   std::map<int, Rank> ranks_;
   std::vector<std::unique_ptr<RankPump>> retired_;
   Sweep sweep_;
+  std::unique_ptr<AgentServer> agents_;  // none until it is asked for
 };
 
 }  // namespace launcher::guardian

@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <charconv>
@@ -36,9 +37,23 @@ std::vector<char*> pointers(const std::vector<std::string>& strings) {
 }
 
 // Everything here runs between fork and execve: async-signal-safe calls only, nothing allocates.
+bool give_descriptors(const std::vector<Inherited>& inherited, std::vector<int>& room, int& report_fd) {
+  int floor = 0;
+  for (const auto& one : inherited) floor = std::max(floor, one.number + 1);
+  // First out of the way: a number that is wanted may be the present one of another, or of the report's pipe.
+  if ((report_fd = ::fcntl(report_fd, F_DUPFD_CLOEXEC, floor)) < 0) return false;
+  for (std::size_t i = 0; i < inherited.size(); ++i) {
+    if ((room[i] = ::fcntl(inherited[i].fd, F_DUPFD_CLOEXEC, floor)) < 0) return false;
+  }
+  for (std::size_t i = 0; i < inherited.size(); ++i) {
+    if (::dup2(room[i], inherited[i].number) < 0) return false;
+  }
+  return true;
+}
+
 [[noreturn]] void become_child(const SpawnRequest& request, char* const* argv, char* const* environment, pid_t parent,
-                               int report_fd) {
-  const auto fail = [report_fd](int step) {
+                               int report_fd, std::vector<int>& room) {
+  const auto fail = [&report_fd](int step) {
     const ChildError report{errno, step};
     static_cast<void>(!::write(report_fd, &report, sizeof report));
     ::_exit(127);
@@ -60,6 +75,7 @@ std::vector<char*> pointers(const std::vector<std::string>& strings) {
       fail(1);
     }
   }
+  if (!request.inherited.empty() && !give_descriptors(request.inherited, room, report_fd)) fail(1);
   if (!request.directory.empty() && ::chdir(request.directory.c_str()) != 0) fail(3);
   struct sigaction standard{};
   standard.sa_handler = SIG_DFL;
@@ -101,21 +117,32 @@ bool parse_stat(std::string_view stat, ProcessInfo& info) {
   return true;
 }
 
+}  // namespace
+
 bool read_process(pid_t pid, ProcessInfo& info) {
   info.pid = pid;
   return parse_stat(read_small_file("/proc/" + std::to_string(pid) + "/stat"), info);
 }
 
-}  // namespace
+bool is_descendant(pid_t pid, pid_t root) {
+  ProcessInfo info;
+  // Bounded: the links are read at different times, and a cycle is conceivable.
+  for (int hops = 0; hops < 1024 && pid > 1 && read_process(pid, info); ++hops) {
+    if (info.parent == root) return true;
+    pid = info.parent;
+  }
+  return false;
+}
 
 SpawnResult spawn(const SpawnRequest& request) {
   std::array<int, 2> report{};
   if (::pipe2(report.data(), O_CLOEXEC) != 0) return {-1, errno, "pipe2"};
   auto argv = pointers(request.argv);
   auto environment = pointers(request.environment);
+  std::vector<int> room(request.inherited.size());
   const pid_t parent = ::getpid();
   const pid_t pid = ::fork();
-  if (pid == 0) become_child(request, argv.data(), environment.data(), parent, report[1]);
+  if (pid == 0) become_child(request, argv.data(), environment.data(), parent, report[1], room);
   const int fork_error = errno;
   ::close(report[1]);
   if (pid < 0) {

@@ -9,6 +9,12 @@
 
 namespace launcher::guardian {
 
+// A descriptor that a child gets, under the number that it expects it under.
+struct Inherited {
+  int fd = -1;
+  int number = -1;
+};
+
 struct SpawnRequest {
   std::vector<std::string> argv;  // argv[0] is an absolute path
   std::vector<std::string> environment;
@@ -17,6 +23,7 @@ struct SpawnRequest {
   int out_fd = -1;
   int err_fd = -1;
   int extra_fd = -1;  // becomes descriptor 3 of the child; -1 for none
+  std::vector<Inherited> inherited;
 };
 
 struct SpawnResult {
@@ -46,6 +53,12 @@ bool send_signal(const ProcessInfo& info, int signal_number);
 
 // True when `root`, the calling process, has no child at all besides `except`. One system call.
 bool has_no_children(pid_t except);
+
+// Reads /proc/pid/stat. False when there is no such process.
+bool read_process(pid_t pid, ProcessInfo& info);
+
+// Whether `pid` is a living descendant of `root`, a child subreaper.
+bool is_descendant(pid_t pid, pid_t root);
 
 // The state letter of /proc/pid/stat: R, S, D, T (stopped), t (traced), Z, ...; '?' when there is no such process.
 char process_state(pid_t pid);
