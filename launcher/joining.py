@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from launcher.supervisor.coordinator import Policy
     from launcher.supervisor.group import Group
 
+_MARGIN_S = 6.0  # SIGKILL's own limit, and the way back
 _HYPERPARAMETER = "sagemaker_launcher_secret"
 
 
@@ -23,6 +24,7 @@ def join(
     spec: JobSpec,
     policy: Policy,
     slots: int,
+    grace_s: float,
     environ: Mapping[str, str],
     reserve: Callable[[], int],
     say: Callable[[str], None],
@@ -31,6 +33,7 @@ def join(
 
     Args:
         slots: ranks of this host.
+        grace_s: what ranks may take to end after a failure.
         environ: may hold the job's secret.
         reserve: gives a MASTER_PORT that is free on this host, should it lead.
 
@@ -62,6 +65,7 @@ def join(
         program=spec.entry.name,
         policy=policy,
         enough=policy.min_hosts,
+        meet_again_s=spec["host_timeout"] + grace_s + _MARGIN_S,
     )
     say(f"{len(found.hosts)} hosts from {found.source}; this is {found.host}")
     return Cluster(plan, reserve, say)

@@ -14,7 +14,7 @@ limit_slots = engine.limit_slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from launcher.engines.torch import RankLaunch
@@ -23,9 +23,16 @@ if TYPE_CHECKING:
 
 
 class MpiJob(Record):
-    """What is settled before the hosts have met. ``mpirun``: None on hosts that only run daemons."""
+    """What is settled before the hosts have met.
+
+    Attributes:
+        mpirun: None on hosts that only run daemons.
+        option: the user's word on which mpirun, python: the ranks' interpreter, for a host that comes to lead later.
+    """
 
     mpirun: engine.Mpirun | None
+    option: str
+    python: str
     agent: str
     custom: engine.CustomOptions
 
@@ -40,30 +47,33 @@ def prepare(spec: JobSpec, leads: bool, environ: Mapping[str, str]) -> MpiJob:
     agent = os.path.join(os.path.dirname(executable()), "_agent")
     if not os.access(agent, os.X_OK):
         raise UsageError(f"{agent} is missing: reinstall the launcher package")
-    mpirun = None
-    if leads:
-        path = engine.find_mpirun(spec["mpirun"], spec.entry.python, environ.get("PATH", os.defpath))
-        mpirun = engine.ask_version(path)
-    return MpiJob(mpirun, agent, custom)
+    job = MpiJob(None, spec["mpirun"], spec.entry.python, agent, custom)
+    return replace(job, mpirun=_find(job, environ)) if leads else job
+
+
+def _find(job: MpiJob, environ: Mapping[str, str]) -> engine.Mpirun:
+    return engine.ask_version(engine.find_mpirun(job.option, job.python, environ.get("PATH", os.defpath)))
 
 
 def plan(
     job: MpiJob,
     start: Start,
+    host: str,
     *,
     run_dir: str,
     environ: Mapping[str, str],
     interface: str,
     prefix: Callable[[RankLaunch], str],
-    start_daemon: Callable[[str, Sequence[str], int], None],
-    daemon_told: Callable[[int, int, str], None],
 ) -> MpiPlan:
-    """The MPI side of one attempt on this host.
+    """The MPI side of one attempt on ``host``.
 
     Args:
         environ: what the ranks of this host share.
         interface: for daemons and ranks of several hosts; "" leaves the choice to MPI.
         prefix: what stands before the lines of a rank.
+
+    Raises:
+        UsageError: this host leads in place of one that was lost, and has no mpirun.
     """
 
     def launch_for(
@@ -73,9 +83,10 @@ def plan(
         return adopted if who.rank == launch.rank else replace(adopted, prefix=prefix(adopted))
 
     command: list[str] = []
-    if job.mpirun is not None:
+    mpirun = (job.mpirun or _find(job, environ)) if host == start.hosts[0] else None
+    if mpirun is not None:
         command = engine.command_of(
-            job.mpirun,
+            mpirun,
             start.hosts,
             start.slots,
             agent=job.agent,
@@ -90,13 +101,12 @@ def plan(
     return MpiPlan(
         agent_socket=os.path.join(run_dir, "agents"),
         command=tuple(command),
-        program=os.path.basename(job.mpirun.path) if job.mpirun is not None else "",
+        program=os.path.basename(mpirun.path) if mpirun is not None else "",
         environ={**environ, **values, "TMPDIR": scratch},
         directory="/",
         identify=engine.identity,
         launch_for=launch_for,
         daemon=engine.parse_daemon,
         host_of=engine.daemon_host,
-        start_daemon=start_daemon,
-        daemon_told=daemon_told,
+        hosts=tuple(host for host, count in zip(start.hosts, start.slots, strict=True) if count),
     )

@@ -350,7 +350,7 @@ def _group(
         return Alone(policy, spec.entry.name, lambda attempt: replace(first, attempt=attempt))
     from launcher.joining import join
 
-    return join(spec, policy, len(topology.local), environ, reserve, say)
+    return join(spec, policy, len(topology.local), prepared.grace_failure_s, environ, reserve, say)
 
 
 def _host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostPlan:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # FailureReason of the platform shows this many characters of output/failure.
 HEAD_CHARACTERS = 1024
 _TAIL_LINES = 20
+_SHOWN_VICTIMS = 64
 # A host's heartbeat comes once a second: when it was last heard is known that well.
 _HEARTBEAT_NS = 1_000_000_000
 
@@ -63,8 +64,9 @@ def judge(
         return _finish("rank", code or 1, headline, culprit, victims, ordered, evidence, program, own)
     early = [record for record in ordered if record.left_early]
     # The last one to leave deserted nobody; and when all leave so, it is the script's way to end.
-    deserted = any(not other.left_early and other.ended_ns > record.ended_ns for record in early for other in ordered)
-    if early and deserted and not evidence.early_exit_ok and not evidence.stop_signal:
+    stayed_ns = [record.ended_ns for record in ordered if not record.left_early]
+    deserted = early and stayed_ns and max(stayed_ns) > min(record.ended_ns for record in early)
+    if deserted and not evidence.early_exit_ok and not evidence.stop_signal:
         return _early_exit(early, victims, ordered, evidence, program)
     if evidence.stop_signal and any(record.failed for record in ordered):
         return _stopped(ordered, victims, evidence, program)
@@ -280,10 +282,14 @@ def _text(
         if not tail and not culprit.traceback:
             out = culprit.stdout_tail.rstrip().splitlines()[-_TAIL_LINES:]
             body += ["", f"last lines of stdout of rank {culprit.rank}:", *out] if out else []
-    for rank, why in sorted(victims.items()):
-        message = next((record.message for record in records if record.rank == rank), "")
+    said = {record.rank: record.message for record in records}
+    shown = sorted(victims.items())
+    for rank, why in shown[:_SHOWN_VICTIMS]:
+        message = said.get(rank, "")
         first = f": {message.splitlines()[0][:200]}" if message else ""
         body.append(f"rank {rank}: {why}{first}")
+    if len(shown) > _SHOWN_VICTIMS:
+        body.append(f"and {len(shown) - _SHOWN_VICTIMS} more ranks alike")
     return _fit(head, culprit) + "\n".join(body).rstrip() + "\n"
 
 

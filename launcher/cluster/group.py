@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from launcher.evidence import ExitRecord, HostReport, RankProgress
     from launcher.supervisor.group import Order
 
-# All that are left lose their leader within the time that makes a host lost; then they meet again at once.
-_MEET_AGAIN_S = 20.0
-
 
 class Cluster:
     """The group as any host's supervisor sees it."""
@@ -83,7 +80,7 @@ class Cluster:
             member.plan,
             hosts=left,
             enough=enough,
-            join_timeout_s=min(_MEET_AGAIN_S, member.plan.join_timeout_s),
+            join_timeout_s=member.plan.meet_again_s,
             because=why,
         )
         member.close()

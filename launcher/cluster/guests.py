@@ -40,6 +40,7 @@ class Guests:
         self._unproven: dict[Channel, None] = {}  # oldest first
         self._counts: dict[str, int] = {}
         self._found: dict[str, Resolved] = {}
+        self._known: set[str] = set()  # addresses of all hosts
         self._resolver: Resolver | None = None
         self._probe: Probe | None = None
         self._silent: set[str] = set()
@@ -65,6 +66,7 @@ class Guests:
         if self._resolver is not None:
             for result in self._resolver.take():
                 self._found[result.name] = result
+                self._known.update(self._addresses(result.name))
         if not missing or not self._plan.named or now_s < self._asked_s + _ASK_AGAIN_S:
             return
         first, self._asked_s = not self._asked_s, now_s
@@ -110,11 +112,11 @@ class Guests:
         """Why the address of ``channel`` is not that of the host it claims to be; "" when it is, or need not be."""
         if self._plan.secret or not self._plan.named:
             return ""
-        known = [address for host in self._plan.hosts for address in self._addresses(host)]
-        if channel.address in known:
+        if channel.address in self._known:
             return ""
         found = self._found.get(channel.host)
-        told = "has not been resolved yet" if found is None else found.error or f"resolves to {', '.join(known)}"
+        own = ", ".join(self._addresses(channel.host))
+        told = "has not been resolved yet" if found is None else found.error or f"resolves to {own}"
         return (
             f"{channel.address} is no address of the host list ({channel.host} {told}); "
             "set LAUNCHER_SECRET on all hosts to let in hosts of any address"

@@ -118,8 +118,12 @@ class KeyValueStore:
 class JobStore:
     """The store of a job, on its first host: one for each attempt, for the hosts that are in it."""
 
-    def __init__(self, several: bool) -> None:
-        """``several``: there are other hosts, which may reach this one at any of its addresses."""
+    def __init__(self, several: bool, say: Callable[[str], None]) -> None:
+        """``several``: there are other hosts, which may reach this one at any of its addresses.
+
+        ``say`` takes a line at the end, if anything was turned down.
+        """
+        self._say = say
         self._peers: frozenset[str] = frozenset()
         self._store = KeyValueStore("0.0.0.0" if several else "127.0.0.1", self._admit)
 
@@ -144,6 +148,10 @@ class JobStore:
     def release(self) -> None:
         """Stops serving, if it does."""
         self._store.close()
+        counts, self._store.counts = self._store.counts, {}
+        if counts:
+            found = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
+            self._say(f"Horovod's key-value store turned down connections or requests ({found})")
 
     def _admit(self, address: str) -> bool:
         return address in self._peers or address.startswith("127.")

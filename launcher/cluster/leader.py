@@ -11,7 +11,7 @@ from launcher.cluster import messages, wire
 from launcher.cluster.clock import ClockEstimate
 from launcher.cluster.facts import HostFacts, differences
 from launcher.cluster.guests import Guests
-from launcher.cluster.options import HEARTBEAT_S, LATE_S, LINE_S, PORTS
+from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S, PORTS
 from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError
 from launcher.evidence import ClockOffset, Evidence, ExitRecord, HostReport, LostHost, RankProgress, from_dict
 from launcher.supervisor.coordinator import Coordinator
@@ -58,6 +58,7 @@ class Leader:
         self.plan = plan
         self._port = port
         self._say = say
+        self._names = frozenset(plan.hosts)
         self._first_attempt = attempt
         self._stopped: StoppedError | None = None
         _allow_connections(len(plan.hosts))
@@ -74,7 +75,7 @@ class Leader:
         self._coordinator = Coordinator(plan.policy, plan.program, self)
         now = time.monotonic()
         self._served_s = self._beat_s = now
-        self._line_s = now + LINE_S
+        self._line_s = now + FIRST_LINE_S
         self._join_by_s = now + plan.join_timeout_s
 
     # ---- as the supervisor's group
@@ -131,7 +132,7 @@ class Leader:
         self._coordinator.stacked(self.plan.host, progress)
 
     def attempt_over(self, report: HostReport) -> None:
-        self._coordinator.attempt_over(report)
+        self._over(report)
 
     def failed(self, error: LauncherError) -> None:
         """This host cannot go on, for a reason that is no rank's: nobody can."""
@@ -206,7 +207,7 @@ class Leader:
             self._guests.count("no-descriptor", str(error))
 
     def _admit(self, host: str) -> str:
-        if host not in self.plan.hosts:
+        if host not in self._names:
             return f"{host} is not in the host list of {self.plan.host}"
         if host == self.plan.host or host in self._members:
             return f"{host} is here already"
@@ -335,11 +336,16 @@ class Leader:
             if report.host != host:
                 raise ValueError(f"a report of {report.host}")
             self._note_cut(host, cut)
-            self._coordinator.attempt_over(report)
+            self._over(report)
         elif kind == "failed":
             self._take_failure(host, messages.read_abort(message))
         else:
             raise ValueError(f"unknown kind {kind!r}")
+
+    def _over(self, report: HostReport) -> None:
+        self._coordinator.attempt_over(report)
+        if len(self._coordinator.reports) == 1:
+            self._line_s = min(self._line_s, time.monotonic() + FIRST_LINE_S)
 
     def _take_failure(self, host: str, error: LauncherError) -> None:
         """A member's launcher cannot go on."""
@@ -457,7 +463,10 @@ class Leader:
     # ---- which hosts reach each other
 
     def _note_cut(self, host: str, cut: Sequence[Any]) -> None:
-        self._members[host].cut = tuple(str(other) for other in cut)
+        member, now_cut = self._members[host], tuple(str(other) for other in cut)
+        if now_cut == member.cut:
+            return
+        member.cut = now_cut
         pairs = {
             tuple(sorted((one, other), key=self._hosts.index))
             for one, member in self._members.items()

@@ -7,7 +7,7 @@ import socket
 import time
 
 from launcher.cluster import messages
-from launcher.cluster.options import LATE_S, LINE_S, PORTS
+from launcher.cluster.options import FIRST_LINE_S, LATE_S, LINE_S, PORTS
 from launcher.cluster.probe import Probe
 from launcher.cluster.resolve import Resolver
 from launcher.cluster.sockets import begin_connect, connect_error
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _SIGTERM = 15
 # Between two tries to reach the leader: short at first, when all hosts start at once.
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.02, 1.0
-_CONNECT_S = 3.0
+_CONNECT_S = 2.0
 _SLEPT_S = 2.0
 _CLOSE_S = 2.0
 
@@ -78,7 +78,7 @@ class Member:
         self._served_s = now
         self._next_try_s = now
         self._give_up_s = float("inf")  # of the connection that is being made
-        self._line_s = now + LINE_S
+        self._line_s = now + FIRST_LINE_S
         self._join_by_s = now + plan.join_timeout_s
 
     # ---- as the supervisor's group
@@ -249,7 +249,8 @@ class Member:
         self._epoll.unregister(sock.fileno())
         self._connecting = None
         self._channel = Channel.connecting(sock, key=self.plan.key, job=self.plan.job, host=self.plan.host, now_s=now_s)
-        self._give_up_s = self._channel.deadline_s
+        # A leader answers at once; what does not may be another program that holds this port.
+        self._channel.deadline_s = self._give_up_s = now_s + _CONNECT_S
         self._epoll.register(self._channel.fileno(), select.EPOLLIN)
         self._writing = False
         self._settle(now_s)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 # A ping goes to every member this often; a host is warned of when two are missing.
 HEARTBEAT_S = 1.0
 LATE_S = 2.5
-# While hosts are missing, and while hosts that are done wait for others, a line says so this often.
+# While hosts are missing, and while hosts that are done wait for others, lines say so: after, and then this often.
+FIRST_LINE_S = 3.0
 LINE_S = 10.0
 PORTS = 4  # the leader's port and the next ones
 
@@ -31,6 +32,7 @@ class ClusterPlan(Record):
         master_address: MASTER_ADDR as the user gave it; "": the leader's own.
         program: what the user calls the job's script.
         enough: with how many hosts to begin when others do not come in time.
+        meet_again_s: what the hosts that are left need to stop their ranks and meet without their leader.
         because: why these hosts meet again, if they do; "" at first.
     """
 
@@ -51,4 +53,5 @@ class ClusterPlan(Record):
     program: str
     policy: Policy
     enough: int
+    meet_again_s: float
     because: str = ""

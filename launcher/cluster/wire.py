@@ -239,7 +239,7 @@ class Channel:
     def on_time(self, now_s: float) -> None:
         """Drops a connection whose handshake takes too long."""
         if self._sock is not None and now_s >= self.deadline_s:
-            self._drop("slow", f"{self._peer()} did not finish the handshake within {HANDSHAKE_S:g} s")
+            self._drop("slow", f"{self._peer()} did not finish the handshake in time")
 
     def close(self, reason: str) -> None:
         """Ends the connection from this side; what the socket does not take at once is not sent."""

@@ -75,9 +75,7 @@ class MpiPlan(Record):
             environment, that of the daemon that started it, and the daemon's program.
         daemon: from the arguments for ssh, and this host's environment, to the daemon's command (ValueError: refused).
         host_of: from the arguments for ssh to the host (ValueError: none).
-        start_daemon: has a daemon started on a host: host, arguments for ssh, connection. Its end comes as
-            :meth:`Adoption.daemon_ended`. Raises ValueError for a host that is not of this job.
-        daemon_told: tells the first host of the end of a daemon on this one: connection there, code, text.
+        hosts: those that have ranks; the first one runs mpirun.
     """
 
     agent_socket: str
@@ -89,22 +87,28 @@ class MpiPlan(Record):
     launch_for: Callable[[RankLaunch, Any, Mapping[str, str], Mapping[str, str], str], RankLaunch]
     daemon: Callable[[Sequence[str], Mapping[str, str]], Daemon]
     host_of: Callable[[Sequence[str]], str]
-    start_daemon: Callable[[str, Sequence[str], int], None]
-    daemon_told: Callable[[int, int, str], None]
+    hosts: tuple[str, ...]
 
 
 class Adoption:
-    """The MPI side of one attempt. Inputs are events of the guardian, time, and what the first host asks for.
+    """The MPI side of one attempt. Inputs are events of the guardian, time, and messages of the other hosts'.
+
+    What these say to each other is ``{"do": "daemon", "connection", "words"}`` (the first host to another: start one),
+    ``{"do": "ended", "connection", "code", "text"}`` (back: it has ended) and ``{"do": "over"}`` (back: all ranks here
+    have ended with 0), each with the attempt's number.
 
     Attributes:
+        relay: sends a message to a host (to the first one: ""); false when there is no such host.
         stop_reason, stop_code: why mpirun's doings ended the attempt, where no rank's end says more; "" for nothing.
     """
 
     def __init__(self, plan: MpiPlan, attempt: Attempt) -> None:
         self.plan = plan
         self.attempt = attempt
+        self.relay: Callable[[str, dict[str, Any]], bool] = lambda host, message: False
         self.stop_reason = ""
         self.stop_code = 0
+        self._over: set[str] = set()  # hosts whose ranks have all ended with 0
         self._helpers: dict[int, _Running] = {}
         self._last_slot = _MPIRUN
         self._rank_of: dict[int, int] = {}  # connection -> slot
@@ -134,8 +138,18 @@ class Adoption:
         return slot not in self._asked
 
     def ranks_over(self) -> None:
-        """All ranks of the job have ended with 0: mpirun should follow."""
-        if not self.over and not self._linger_at_s and self.plan.command:
+        """All ranks of this host have ended with 0: when this is so on all hosts, mpirun should follow."""
+        here = self.attempt.plan.host
+        if here in self._over:
+            return
+        self._over.add(here)
+        if self.plan.command:
+            self._expect_end()
+        else:
+            self._tell("", {"do": "over"})
+
+    def _expect_end(self) -> None:
+        if self._over.issuperset(self.plan.hosts) and not self._mpirun_ended:
             self._linger_at_s = time.monotonic() + _LINGER_S
 
     def next_time(self) -> float | None:
@@ -239,7 +253,10 @@ class Adoption:
         self._daemons_asked.add(connection)
         try:
             host = self.plan.host_of(words)
-            self.plan.start_daemon(host, words, connection)
+            if host == self.attempt.plan.host:
+                self.run_daemon(words, connection)
+            elif not self._tell(host, {"do": "daemon", "connection": connection, "words": words}):
+                raise ValueError(f"{host} is not a host of this job")
         except ValueError as error:
             self.daemon_ended(connection, 1, f"refused to start a daemon: {error}")
 
@@ -274,7 +291,7 @@ class Adoption:
         how = f"was killed by {_signal_name(value)}" if killed else f"ended with code {value}"
         where = f"{helper.name} (pid {helper.pid}) on {self.attempt.plan.host}"
         if helper.connection:
-            self.plan.daemon_told(helper.connection, code, "" if not code else f"{where} {how}")
+            self._tell_end(helper.connection, code, "" if not code else f"the MPI daemon {where} {how}")
         if slot == _MPIRUN:
             self._mpirun_ended = True
             self._judge_mpirun(f"{where} {how}", killed, code, tail)
@@ -313,7 +330,7 @@ class Adoption:
         helper = self._helpers.pop(slot)
         text = f"{helper.argv[0]} cannot be started: {event.text(2)}: {os.strerror(number)}"
         if helper.connection:
-            self.plan.daemon_told(helper.connection, 127, f"{self.attempt.plan.host}: {text}")
+            self._tell_end(helper.connection, 127, f"{self.attempt.plan.host}: {text}")
         if slot == _MPIRUN:
             self._mpirun_ended = True
         self.attempt.fail(text)
@@ -325,17 +342,17 @@ class Adoption:
         try:
             command = self.plan.daemon(words, self.plan.environ)
         except ValueError as error:
-            self.plan.daemon_told(connection, 1, f"{self.attempt.plan.host} refuses to start a daemon: {error}")
+            self._tell_end(connection, 1, f"{self.attempt.plan.host} refuses to start a daemon: {error}")
             return
         if not self.attempt.running:
-            self.plan.daemon_told(connection, 128 + _SIGTERM, "")
+            self._tell_end(connection, 128 + _SIGTERM, "")
             return
         self._program, self._environ = command.argv[0], command.environ
         self._last_slot -= 1
         self._spawn(self._last_slot, command.name, command.argv, command.environ, connection)
 
     def daemon_ended(self, connection: int, code: int, text: str) -> None:
-        """A daemon that :attr:`MpiPlan.start_daemon` was asked for has ended, or was never started."""
+        """A daemon that was asked for has ended, or was never started."""
         if connection not in self._daemons_asked:
             return
         self._daemons_asked.discard(connection)
@@ -343,7 +360,35 @@ class Adoption:
         if code and text and self.attempt.running:
             self._suspect(text, code)
 
+    def on_message(self, host: str, message: Mapping[str, Any]) -> None:
+        """Takes a message of another host's.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        if message["attempt"] != self.attempt.number:
+            return
+        what = message["do"]
+        if what == "daemon" and not self.plan.command:
+            self.run_daemon([str(word) for word in message["words"]], int(message["connection"]))
+        elif what == "ended":
+            self.daemon_ended(int(message["connection"]), int(message["code"]), str(message["text"]))
+        elif what == "over":
+            self._over.add(host)
+            self._expect_end()
+        else:
+            raise ValueError(f"unknown message {what!r}")
+
     # ---- details
+
+    def _tell(self, host: str, message: dict[str, Any]) -> bool:
+        return self.relay(host, {**message, "attempt": self.attempt.number})
+
+    def _tell_end(self, connection: int, code: int, text: str) -> None:
+        if self.plan.command:  # a daemon of mpirun's own host
+            self.daemon_ended(connection, code, text)
+        else:
+            self._tell("", {"do": "ended", "connection": connection, "code": code, "text": text})
 
     def _spawn(self, slot: int, name: str, argv: Sequence[str], environ: Mapping[str, str], connection: int) -> None:
         self._helpers[slot] = _Running(name, tuple(argv), connection)
@@ -375,6 +420,7 @@ class Adoption:
             # MPICH's daemon sees a rank's end by its closed connection, and acts before the process has quite ended.
             self._leaving = {slot for slot, pid in self.attempt.pids.items() if slot >= 0 and is_exiting(pid)}
             self.stop_reason, self.stop_code = reason, code
+            self.attempt.on_trouble(reason)
             self.attempt.stop(_SIGTERM, self.attempt.plan.grace_failure_s)
 
     def _note_abort(self, text: str) -> None:

@@ -70,6 +70,7 @@ class Coordinator:
         self.hosts = hosts
         self.reports: dict[str, HostReport] = {}
         self.lost: dict[str, LostHost] = {}
+        self._at_work = set(hosts)  # neither reported nor lost
         self.ended: dict[int, ExitRecord] = {}
         self.cut_links = ()
         self._stopping = False
@@ -103,8 +104,7 @@ class Coordinator:
     def quiet(self, host: str, still: bool) -> None:
         """When all hosts are quiet, the job hangs: one host that works is reason enough for the others to wait."""
         (self._quiet.add if still else self._quiet.discard)(host)
-        at_work = [name for name in self.hosts if name not in self.reports and name not in self.lost]
-        if self._progress is None and at_work and self._quiet.issuperset(at_work):
+        if self._progress is None and self._at_work and self._quiet.issuperset(self._at_work):
             self._progress = {}
             self._all.stacks()
 
@@ -119,6 +119,7 @@ class Coordinator:
         if report.attempt != self.attempt or self._finished:
             return
         self.reports[report.host] = report
+        self._at_work.discard(report.host)
         if report.evidence.launcher_error:
             self._stop(_SIGTERM, f"{report.host}: {report.evidence.launcher_error}: stopping all ranks")
         self._conclude_hang()
@@ -131,6 +132,7 @@ class Coordinator:
         if lost.host in self.reports:
             return  # its part was over, and told
         self.lost[lost.host] = lost
+        self._at_work.discard(lost.host)
         self._stop(_SIGTERM, f"{lost.host} {lost.how}: stopping all ranks")
         self._conclude_hang()
         self._conclude()
@@ -152,8 +154,7 @@ class Coordinator:
             self._all.stop(number, failure, line)
 
     def _conclude_hang(self) -> None:
-        waiting = [name for name in self.hosts if name not in self.lost and name not in self.reports]
-        if self._progress is None or self._hang or any(name not in self._progress for name in waiting):
+        if self._progress is None or self._hang or any(name not in self._progress for name in self._at_work):
             return
         ranks = sorted((rank for host in self._progress.values() for rank in host), key=lambda rank: rank.rank)
         if ranks:
@@ -161,7 +162,7 @@ class Coordinator:
             self._stop(_SIGTERM, self._hang if self._several else "")
 
     def _conclude(self) -> None:
-        if any(name not in self.reports and name not in self.lost for name in self.hosts):
+        if self._at_work:
             return
         verdict = self._judge()
         line = self._restart_line(verdict)
