@@ -10,7 +10,7 @@ from launcher.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from launcher.job import JobSpec
     from launcher.supervisor.coordinator import Policy
@@ -27,6 +27,7 @@ def join(
     grace_s: float,
     environ: Mapping[str, str],
     reserve: Callable[[], int],
+    open_store: Callable[[str, Iterable[str]], int],
     say: Callable[[str], None],
 ) -> Group:
     """This host's end of the group: the leader's on the first host, else a member's.
@@ -36,6 +37,7 @@ def join(
         grace_s: what ranks may take to end after a failure.
         environ: may hold the job's secret.
         reserve: gives a MASTER_PORT that is free on this host, should it lead.
+        open_store: as of :class:`ClusterPlan`.
 
     Raises:
         UsageError: the secret cannot be had.
@@ -63,6 +65,7 @@ def join(
         host_timeout_s=spec["host_timeout"],
         master_address=spec["master_addr"],
         program=spec.entry.name,
+        open_store=open_store,
         policy=policy,
         enough=policy.min_hosts,
         meet_again_s=spec["host_timeout"] + grace_s + _MARGIN_S,

@@ -20,9 +20,10 @@ from launcher.supervisor.options import HostPlan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
+    from launcher.cluster.kvstore import JobStore
     from launcher.container import Paths, StaleMark
     from launcher.evidence import Verdict
     from launcher.supervisor.group import Group
@@ -47,6 +48,7 @@ class Prepared(Record):
             leader tells the true ones when they have met.
         rendezvous: as far as it is settled; port 0: one that is free.
         console: by local rank, the streams that are shown (bit 0 stdout, bit 1 stderr).
+        horovod: controller of Horovod's engine, ``gloo`` or ``mpi``; "" for other engines.
     """
 
     spec: JobSpec
@@ -59,6 +61,7 @@ class Prepared(Record):
     console: tuple[int, ...]
     grace_failure_s: float
     grace_stop_s: float
+    horovod: str = ""
 
 
 def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
@@ -94,6 +97,7 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
         console=_console(spec, topology),
         grace_failure_s=GRACE_AFTER_FAILURE_S if grace is None else grace,
         grace_stop_s=spec["stop_timeout"] - spec["stop_reserve"] if grace is None else grace,
+        horovod=_horovod_controller(spec, environ) if spec["engine"] == "horovod" else "",
     )
 
 
@@ -117,7 +121,7 @@ def execute(
     spec = prepared.spec
     stale = contract.note_stale(spec.container.paths)
     _make_run_directory(prepared.run_dir)
-    held: list[ports.Reserved] = []
+    held: list[ports.Reserved | JobStore] = []
     supervisor = None
     try:
         supervisor = Supervisor(
@@ -179,6 +183,22 @@ def _rendezvous(spec: JobSpec, topology: Topology) -> engine.Rendezvous:
         raise UsageError(f"master_port is {spec['master_port']}; expected a port, 0 to 65535")
     address = spec["master_addr"] or (topology.hosts[0] if several else "127.0.0.1")
     return engine.Rendezvous(address, spec["master_port"] or (engine.DEFAULT_PORT if several else 0))
+
+
+def _horovod_controller(spec: JobSpec, environ: Mapping[str, str]) -> str:
+    from launcher.engines import horovod, mpi
+
+    if spec["virtual_local_rank"]:
+        raise UsageError("--virtual-local-rank gives every rank the local rank 0, but Horovod needs the true ones")
+    build = horovod.installed(spec.entry.python, environ)
+    # All hosts must decide alike, and of several only the first needs an mpirun.
+    mpirun = "mpirun"
+    if len(spec.hosts.hosts) == 1:
+        try:
+            mpirun = mpi.find_mpirun(spec["mpirun"], spec.entry.python, environ.get("PATH", os.defpath))
+        except UsageError:
+            mpirun = ""
+    return horovod.choose_controller(spec["horovod_controller"], build, environ, mpirun)
 
 
 def _run_directory(spec: JobSpec) -> tuple[str, bool]:
@@ -299,7 +319,7 @@ def rank_launches(
         wanted = spec.container.resources.network_interface_name
         log = say or (lambda line: None)
         environ = {**environ, **network_environ(spec["interface"], wanted, start.local_address, environ, log)}
-    return [
+    launches = [
         engine.launch_of(
             place,
             topology,
@@ -318,6 +338,17 @@ def rank_launches(
         )
         for place in topology.local
     ]
+    if not prepared.horovod:
+        return launches
+    from launcher.engines import horovod
+
+    placed = list(zip(launches, topology.local, strict=True))
+    if prepared.horovod == horovod.MPI:
+        return [horovod.with_mpi(launch, place, topology) for launch, place in placed]
+    # Several may be listed for torch, Horovod takes one.
+    interface = environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0] if len(start.hosts) > 1 else "lo"
+    store = engine.Rendezvous(start.store_address, start.store_port)
+    return [horovod.with_gloo(launch, place, topology, store, interface) for launch, place in placed]
 
 
 def first_start(prepared: Prepared) -> Start:
@@ -327,16 +358,31 @@ def first_start(prepared: Prepared) -> Start:
 
 
 def _group(
-    prepared: Prepared, environ: Mapping[str, str], held: list[ports.Reserved], say: Callable[[str], None]
+    prepared: Prepared,
+    environ: Mapping[str, str],
+    held: list[ports.Reserved | JobStore],
+    say: Callable[[str], None],
 ) -> Group:
-    """The hosts' group. Ports that are reserved for rank 0 are added to ``held``."""
+    """The hosts' group. Ports that are reserved for rank 0, and the ranks' store, are added to ``held``."""
     spec, topology = prepared.spec, prepared.topology
+    stores: list[JobStore] = []
 
     def reserve() -> int:
-        held.append(ports.reserve(prepared.rendezvous.port))
-        for line in held[-1].lines:
+        reserved = ports.reserve(prepared.rendezvous.port)
+        held.append(reserved)
+        for line in reserved.lines:
             say(line)
-        return held[-1].port
+        return reserved.port
+
+    def open_store(own: str, peers: Iterable[str]) -> int:
+        if prepared.horovod != "gloo":
+            return 0
+        if not stores:
+            from launcher.cluster.kvstore import JobStore
+
+            stores.append(JobStore(len(topology.hosts) > 1, say))
+            held.append(stores[0])
+        return stores[0].open(own, peers)
 
     policy = Policy(
         max_restarts=spec["max_restarts"],
@@ -346,11 +392,15 @@ def _group(
         min_hosts=0 if len(topology.hosts) < 2 else host_lists.fewest(spec.settings, spec.hosts),
     )
     if len(topology.hosts) < 2:
-        first = replace(first_start(prepared), port=reserve())
-        return Alone(policy, spec.entry.name, lambda attempt: replace(first, attempt=attempt))
+        first = replace(first_start(prepared), port=reserve(), store_address="127.0.0.1")
+
+        def start(attempt: int) -> Start:
+            return replace(first, attempt=attempt, store_port=open_store("127.0.0.1", ()))
+
+        return Alone(policy, spec.entry.name, start)
     from launcher.joining import join
 
-    return join(spec, policy, len(topology.local), prepared.grace_failure_s, environ, reserve, say)
+    return join(spec, policy, len(topology.local), prepared.grace_failure_s, environ, reserve, open_store, say)
 
 
 def _host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostPlan:

@@ -167,7 +167,8 @@ class Leader:
     # ---- as the coordinator's hosts
 
     def stop(self, number: int, failure: bool, line: str) -> None:
-        self._broadcast({"kind": "stop", "number": number, "failure": failure, "line": line})
+        lost = list(self._coordinator.lost)
+        self._broadcast({"kind": "stop", "number": number, "failure": failure, "line": line, "lost": lost})
         self._orders.append(Stop(number, failure, line))
 
     def sweep(self, line: str) -> None:
@@ -396,6 +397,12 @@ class Leader:
         for member in self._members.values():
             member.cut = ()
         peers = {host: member.channel.address for host, member in self._members.items()}
+        own = next((member.channel.local_address for member in self._members.values()), "127.0.0.1")
+        try:
+            store_port = self.plan.open_store(own, peers.values())
+        except ClusterError as error:
+            self.failed(error)
+            raise
         # Hosts that share an address (simulated ones, or behind one gateway) have no links of their own.
         asked = 2 < len(hosts) <= _PROBED_HOSTS and len(set(peers.values())) == len(peers)
         self._broadcast(
@@ -406,14 +413,14 @@ class Leader:
                 "slots": messages.pack_slots(self._slots),
                 "address": self.plan.master_address,
                 "port": self._port,
+                "store": store_port,
                 "line": line,
                 "peers": peers if asked else {},
                 "peer_port": self.plan.leader_port + PORTS,  # nothing listens there, and "refused" is an answer
             }
         )
-        own = next((member.channel.local_address for member in self._members.values()), "127.0.0.1")
         address = self.plan.master_address or own
-        self._orders.append(Start(attempt, hosts, self._slots, address, self._port, own, line))
+        self._orders.append(Start(attempt, hosts, self._slots, address, self._port, own, line, own, store_port))
 
     # ---- time
 

@@ -336,6 +336,8 @@ class Member:
             self._take_start(message)
         elif kind == "stop":
             self._orders.append(Stop(int(message["number"]), bool(message["failure"]), str(message["line"])))
+            for host in message["lost"]:  # nobody waits for an answer of theirs
+                self._peers.pop(str(host), None)
             if message["failure"]:
                 self._ask_peers()
         elif kind == "sweep":
@@ -367,7 +369,8 @@ class Member:
         line = str(message["line"])
         port = int(message["port"])
         local = self._channel.local_address
-        self._orders.append(Start(self.attempt, hosts, slots, address, port, local, line))
+        store = self._channel.address, int(message["store"])
+        self._orders.append(Start(self.attempt, hosts, slots, address, port, local, line, *store))
         self._peers = {str(host): str(peer) for host, peer in message["peers"].items() if host != self.plan.host}
         self._peer_port = int(message["peer_port"])
         self._ask_peers()
@@ -445,7 +448,7 @@ class Member:
         if self._reachable is None:
             self._reachable = answered
         # Who never answered may sit behind a firewall; who has stopped to answer is cut off.
-        self._cut = tuple(sorted(self._reachable - answered))
+        self._cut = tuple(sorted((self._reachable & self._peers.keys()) - answered))
         held, self._held = self._held, []
         for act in held:
             act()

@@ -6,6 +6,8 @@ from launcher.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from launcher.cluster.facts import HostFacts
     from launcher.supervisor.coordinator import Policy
 
@@ -16,6 +18,11 @@ LATE_S = 2.5
 FIRST_LINE_S = 3.0
 LINE_S = 10.0
 PORTS = 4  # the leader's port and the next ones
+
+
+def no_store(own: str, peers: Iterable[str]) -> int:
+    """Of jobs whose ranks need none."""
+    return 0
 
 
 class ClusterPlan(Record):
@@ -31,6 +38,8 @@ class ClusterPlan(Record):
         peer_check: refuse, warn or off: what to do about hosts whose facts differ.
         master_address: MASTER_ADDR as the user gave it; "": the leader's own.
         program: what the user calls the job's script.
+        open_store: (this host's address, the others' addresses) -> port of the store by which the ranks of the next
+            attempt meet, should this host lead; 0 when they need none.
         enough: with how many hosts to begin when others do not come in time.
         meet_again_s: what the hosts that are left need to stop their ranks and meet without their leader.
         because: why these hosts meet again, if they do; "" at first.
@@ -55,3 +64,4 @@ class ClusterPlan(Record):
     enough: int
     meet_again_s: float
     because: str = ""
+    open_store: Callable[[str, Iterable[str]], int] = no_store

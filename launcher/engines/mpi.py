@@ -203,6 +203,7 @@ def command_of(
         used = [("localhost", used[0][1])]  # its name in the host list need not resolve, nor be the machine's
     listed = ",".join(f"{host}:{count}" for host, count in used)
     ranks = str(sum(slots))
+    ours: list[tuple[tuple[str, ...], list[str]]]
     if mpirun.family == HYDRA:
         ours = [(("launcher",), ["-launcher", "ssh", "-launcher-exec", agent]), (("rmk",), ["-rmk", "user"])]
         if interface:
@@ -228,7 +229,7 @@ def _open_mpi_options(
     def parameter(name: str, value: str, run_time: bool = True) -> tuple[tuple[str, ...], list[str]]:
         return (name,), ["--prtemca" if five and run_time else "--mca", name, value]
 
-    options = [
+    options: list[tuple[tuple[str, ...], list[str]]] = [
         (("bind-to",), ["--bind-to", "none"]),  # ranks are bound by the launcher, or not at all
         (("map-by", "by-slot", "bycore", "bynode", "by-node", "npernode", "N", "rankfile", "rf"), ["--map-by", "slot"]),
         parameter("plm", "ssh" if five else "rsh"),
@@ -242,6 +243,9 @@ def _open_mpi_options(
         options.append(parameter("btl_tcp_if_include", interface, run_time=False))
     if hosts > _RADIX:
         options.append(parameter("rml_base_radix" if five else "routed_radix", str(hosts)))
+    if five and hosts > 1:
+        # Its daemon would otherwise fork, and stay as the parent of what can then be killed unseen.
+        options.append((("leave-session-attached",), ["--leave-session-attached"]))
     if not five:
         options.append(parameter("orte_abort_on_non_zero_status", "1"))
     return options

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import time
 
-from launcher.evidence import EXIT
 from launcher.record import Record, replace
 from launcher.supervisor.guardian import FIRST_HELPER, spawn_fields
 
@@ -27,16 +26,20 @@ if TYPE_CHECKING:
     class Daemon(Protocol):
         """A daemon's command, see launcher.engines.mpi."""
 
-        host: str
-        argv: tuple[str, ...]
-        environ: dict[str, str]
-        name: str
+        @property
+        def argv(self) -> tuple[str, ...]: ...
+
+        @property
+        def environ(self) -> dict[str, str]: ...
+
+        @property
+        def name(self) -> str: ...
 
     class Identity(Protocol):
         """What mpirun says a rank is."""
 
-        rank: int
-        local_rank: int
+        @property
+        def local_rank(self) -> int: ...
 
 
 _MPIRUN = FIRST_HELPER
@@ -170,20 +173,20 @@ class Adoption:
                 self.attempt.sweep(0)
 
     def corrected(self, record: ExitRecord) -> ExitRecord:
-        """``record`` of a rank that was told to end, or killed, only because it had failed before."""
+        """``record`` without being told, if the rank was ending already; with what MPI says of an error of its own."""
         if record.local_rank in self._leaving:
-            return replace(record, told_ns=0)
-        # A rank that calls MPI_Abort of MPICH waits to be killed.
-        found = _MPICH_ABORT.search(record.stderr_tail) if record.failed else None
-        # One that gives up because it was told to end is no cause of anything.
-        if found is None or (record.told_ns and not self.stop_reason):
-            return record
-        message = record.message or f"MPI: {found[2]}"
-        return replace(record, how=EXIT, value=exit_code(int(found[1])), told_ns=0, message=message)
+            record = replace(record, told_ns=0)
+        found = _MPICH_ABORT.search(record.stderr_tail) if record.failed and not record.message else None
+        if found and not found[2].startswith("application called"):
+            record = replace(record, message=f"MPI: {found[2]}")
+        return record
 
     def aborted(self, records: Sequence[ExitRecord]) -> tuple[int, int] | None:
-        """The rank that called MPI_Abort, and its code, as Open MPI has said."""
+        """The rank that called MPI_Abort (or for which MPI did, after an error), and its code, as MPI has said."""
         for record in records:
+            found = _MPICH_ABORT.search(record.stderr_tail) if record.failed else None
+            if found:
+                return record.rank, exit_code(int(found[1]))
             if record.failed:
                 self._note_abort(record.stderr_tail)
         return self._aborted
@@ -299,8 +302,8 @@ class Adoption:
             self._judge_daemon(f"the MPI daemon {where} {how}", killed, code)
 
     def _judge_mpirun(self, text: str, killed: bool, code: int, tail: str) -> None:
-        if killed and self._unexplained():
-            self.attempt.fail(f"{text} while ranks were at work" if self._asked else text, code)
+        if killed:
+            self._on_kill(f"{text} while ranks were at work" if self._asked else text, code)
         elif not self.attempt.running:
             return
         elif code and not self._asked:
@@ -311,17 +314,17 @@ class Adoption:
             self.attempt.say(f"WARNING: {text}, although all ranks here have ended with 0")
 
     def _judge_daemon(self, text: str, killed: bool, code: int) -> None:
-        if killed and self._unexplained():
-            self.attempt.fail(text, code)
+        if killed:
+            self._on_kill(text, code)
         elif self.attempt.running and (code or not self.attempt.all_ended()):
             self._suspect(f"{text} while ranks are at work", code or 1)
 
-    def _unexplained(self) -> bool:
-        """Whether nothing ended the attempt yet, or nothing better than what stand-ins have seen of MPI's end."""
+    def _on_kill(self, text: str, code: int) -> None:
+        """mpirun or a daemon was killed. Stand-ins, here or on another host, may have seen first what follows."""
         if self.attempt.running:
-            return True
-        failed = any(record.failed and not record.told_first for record in self.attempt.records.values())
-        return bool(self.stop_reason) and self.attempt.stage == _STOP and not failed
+            self.attempt.fail(text, code)
+        elif self.attempt.stage == _STOP:
+            self.stop_reason, self.stop_code = text, code
 
     def _on_spawn_failed(self, event: Event) -> None:
         import os

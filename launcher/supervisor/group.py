@@ -59,6 +59,7 @@ class Start(Record):
         slots: ranks of each of ``hosts``.
         address, port: where rank 0 listens for the others.
         local_address: of this host, as the others see it; "" for one host.
+        store_address, store_port: where Horovod's key-value store listens, on the first host; port 0: there is none.
         line: said before; "" for nothing.
     """
 
@@ -69,6 +70,8 @@ class Start(Record):
     port: int
     local_address: str = ""
     line: str = ""
+    store_address: str = ""
+    store_port: int = 0
 
 
 class Stop(Record):

@@ -163,7 +163,12 @@ def spawn_fields(
     environ: dict[str, str],
     connection: int = 0,
 ) -> list[object]:
-    """The ``spawn`` command. ``console``: bit 0 shows stdout, bit 1 stderr; ``connection``: of the agent it stands for."""
+    """The ``spawn`` command.
+
+    Args:
+        console: bit 0 shows stdout, bit 1 stderr.
+        connection: of the agent that it stands for; 0: of none.
+    """
     environment = [f"{name}={value}" for name, value in environ.items()]
     head = ["spawn", kind, slot, directory, out_path, err_path, console, prefix]
     return [*head, *counted(cpus), *counted(argv), *counted(environment), connection]

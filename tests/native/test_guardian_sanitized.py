@@ -1,4 +1,4 @@
-"""Fault tests once more, with a guardian built with ASan + UBSan, and one with TSan."""
+"""Fault tests and MPI jobs once more, with a guardian and agents built with ASan + UBSan, and with TSan."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH"
 # Exits, signals, process trees and logs go through every part of the guardian. Left out: limits of memory, processes
 # and descriptors, which a sanitizer's runtime does not fit in, and the tests that are slow without one.
 FILES = {
-    "asan": ("test_rank_exit.py", "test_signals.py", "test_process_tree.py", "test_logs.py", "test_stop.py"),
-    "tsan": ("test_process_tree.py", "test_logs.py"),  # where its threads meet; its start alone takes a second
+    "asan": (
+        *("faults/test_rank_exit.py", "faults/test_signals.py", "faults/test_process_tree.py", "faults/test_logs.py"),
+        *("faults/test_stop.py", "mpi/test_one_host.py"),
+    ),
+    # where its threads meet; its start alone takes a second
+    "tsan": ("faults/test_process_tree.py", "faults/test_logs.py"),
 }
 UNFIT = "not rss and not memory and not flood and not bomb and not descriptors and not shm"
 
@@ -44,7 +48,7 @@ def test_faults_with_sanitizers(mode: str, sanitize: str, request: pytest.Fixtur
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
             *("-m", "not slow and not torch", "-k", UNFIT),
-            *(str(ROOT / "tests" / "faults" / name) for name in FILES[mode]),
+            *(str(ROOT / "tests" / name) for name in FILES[mode]),
         ],
         cwd=ROOT,
         env={

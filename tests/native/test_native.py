@@ -72,4 +72,4 @@ def test_native(mode: str, request: pytest.FixtureRequest, tmp_path: Path) -> No
     run(cmake, "--build", str(build))
     output = run(ctest, "--test-dir", str(build), "--output-on-failure", "--no-tests=error")
     assert "100% tests passed" in output
-    assert os.access(build / "bin" / "_guardian", os.X_OK)
+    assert all(os.access(build / "bin" / name, os.X_OK) for name in ("_guardian", "_agent"))

@@ -37,7 +37,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("*.so", "_guardian", "__pycache__"))
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("*.so", "_guardian", "_agent", "__pycache__"))
         elif source.exists():
             shutil.copy2(source, tree / name)
     return tree
@@ -73,7 +73,7 @@ def names_and_modes(wheel: Path) -> dict[str, int]:
 def check_contents(wheel: Path) -> None:
     files = names_and_modes(wheel)
     assert "launcher/_native.abi3.so" in files
-    assert files["launcher/_guardian"] & 0o111 == 0o111
+    assert files["launcher/_guardian"] & files["launcher/_agent"] & 0o111 == 0o111
     assert {"launcher/py.typed", "launcher/_native.pyi", "launcher/rank/status.py"} <= files.keys()
     assert not [name for name in files if name.startswith(("native/", "tests/")) or "liblauncher_cuda" in name]
 
@@ -97,7 +97,7 @@ def test_wheel_from_sdist(tree: Path, tmp_path: Path) -> None:
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = [name.split("/", 1)[-1] for name in archive.getnames()]
-        assert not [name for name in names if name.endswith((".so", "_guardian")) or name.startswith("tests")]
+        assert not [name for name in names if name.endswith((".so", "_guardian", "_agent")) or name.startswith("tests")]
         archive.extractall(tmp_path / "out", filter="data")
     (unpacked,) = (tmp_path / "out").iterdir()
     (tmp_path / "wheel").mkdir()
@@ -114,6 +114,6 @@ def test_editable(tree: Path, tmp_path: Path) -> None:
     install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--ignore-installed", "-e", str(tree))
     for _ in range(2):
         python(*install, cwd=tmp_path, executable=executable)
-    assert os.access(tree / "launcher" / "_guardian", os.X_OK)
+    assert all(os.access(tree / "launcher" / name, os.X_OK) for name in ("_guardian", "_agent"))
     where = python("-c", "from launcher import _native; print(_native.__file__)", cwd=tree, executable=executable)
     assert Path(where.strip()) == tree / "launcher" / "_native.abi3.so"
