@@ -243,13 +243,17 @@ def from_dict(kind: type[Any], value: Mapping[str, Any]) -> Any:
     """The record of ``kind`` that :func:`launcher.record.as_dict` made ``value`` of, after a way through JSON.
 
     Raises:
-        TypeError, ValueError, KeyError: it is no such record; what came from another host may be anything.
+        TypeError, ValueError: it is no such record; what came from another host may be anything.
     """
-    nested = _NESTED.get(kind, {})
+    if not isinstance(value, dict):
+        raise TypeError(f"{kind.__name__}: an object expected, found {type(value).__name__}")
+    nested, declared = _NESTED.get(kind, {}), kind.__annotations__
     fields = {}
     for name, item in value.items():
         inner = nested.get(name)
         if item is None or inner is None:
+            if not _fits(item, str(declared.get(name))):
+                raise TypeError(f"{kind.__name__}: {name} is {item!r}; expected {declared.get(name)}")
             fields[name] = item
         elif isinstance(inner, tuple):
             fields[name] = tuple(from_dict(inner[0], one) for one in item)
@@ -260,8 +264,26 @@ def from_dict(kind: type[Any], value: Mapping[str, Any]) -> Any:
     return kind(**fields)
 
 
+def _fits(item: object, declared: str) -> bool:
+    """Whether ``item`` is of the type ``declared`` in a record; records and their like have no default of None."""
+    optional = declared.endswith(" | None")
+    allowed = _PLAIN.get(declared.removesuffix(" | None"))
+    if item is None:
+        return optional
+    return allowed is not None and type(item) in allowed
+
+
+_PLAIN: dict[str, tuple[type[Any], ...]] = {"int": (int,), "str": (str,), "bool": (bool,), "float": (float, int)}
+
+
 def _by_rank(value: Mapping[str, str]) -> dict[int, str]:
-    return {int(rank): text for rank, text in value.items()}
+    if not isinstance(value, dict):
+        raise TypeError("an object by rank expected")
+    return {int(rank): str(text) for rank, text in value.items()}
+
+
+def _numbers(value: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(number) for number in value)
 
 
 def _pairs(value: Sequence[Sequence[str]]) -> tuple[tuple[str, str], ...]:
@@ -270,7 +292,7 @@ def _pairs(value: Sequence[Sequence[str]]) -> tuple[tuple[str, str], ...]:
 
 # Record -> field -> what JSON cannot tell: a record, a tuple of records, or a function that restores the value.
 _NESTED: dict[type[Any], dict[str, Any]] = {
-    LostHost: {"ranks": tuple},
+    LostHost: {"ranks": _numbers},
     Evidence: {
         "lost_children": (LostChild,),
         "memory_trends": _by_rank,
