@@ -1,6 +1,8 @@
 # `make demo` and `make test` are all that a fresh machine needs; each makes .venv and installs what it needs into it.
 PYTHON ?= python3
 TORCH := torch==2.13.0
+# In a folder of its own: its mpirun would take the place of Open MPI's.
+MPICH := mpich==5.0.2
 # As in pyproject.toml, [build-system].
 BUILD_TOOLS := 'setuptools>=77' 'cmake>=3.26' ninja 'nanobind>=3.0'
 VENV := .venv
@@ -49,7 +51,7 @@ wheel: $(VENV)/.tools  ## build dist/launcher-*.whl
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:  ## remove the environment and all that was built
-	rm -rf $(VENV) build dist launcher.egg-info launcher/_guardian launcher/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist launcher.egg-info launcher/_guardian launcher/_agent launcher/*.so .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "cannot make $(VENV): install python3-venv" >&2; exit 1; }
@@ -59,6 +61,7 @@ $(BIN)/python:
 $(VENV)/.tools: pyproject.toml | $(BIN)/python
 	$(PIP) install --upgrade pip
 	$(PIP) install $(TORCH) $(BUILD_TOOLS)
+	$(PIP) install --prefix $(CURDIR)/$(VENV)/mpich --ignore-installed --no-deps $(MPICH)
 	@touch $@
 
 # Installed as a user would have it, and built in place as well: `python -m launcher` in the root of the checkout imports

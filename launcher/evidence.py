@@ -129,6 +129,7 @@ class Evidence(Record):
         lost_children: helpers of ranks that were gone when the OOM kill was counted.
         launcher_error: what went wrong in the launcher itself, "" for nothing; launcher_code: the exit code for it.
         aborted_rank, aborted_code: the rank that called MPI_Abort, as the MPI library told, and its code.
+        stop_reason, stop_code: why the ranks were stopped, and the exit code, where no rank's end explains it.
         lost_hosts, clocks: of a job of several hosts.
         cut_links: pairs of hosts that could not reach each other when they were asked to.
     """
@@ -149,6 +150,8 @@ class Evidence(Record):
     early_exit_ok: bool = False
     aborted_rank: int | None = None
     aborted_code: int = 0
+    stop_reason: str = ""
+    stop_code: int = 0
     lost_hosts: tuple[LostHost, ...] = ()
     clocks: tuple[ClockOffset, ...] = ()
     cut_links: tuple[tuple[str, str], ...] = ()
@@ -227,6 +230,8 @@ def together(reports: Sequence[HostReport]) -> Evidence:
     seen = [report.evidence for report in reports]
     stopped = next((evidence for evidence in seen if evidence.stop_signal), None)
     aborted = next((evidence for evidence in seen if evidence.aborted_rank is not None), None)
+    # The highest code is that of somebody who was killed: what others saw follows from it.
+    stopper = max((evidence for evidence in seen if evidence.stop_reason), key=_stop_code, default=None)
     faulty = next((report for report in reports if report.evidence.launcher_error), None)
     return Evidence(
         stop_signal=stopped.stop_signal if stopped else 0,
@@ -236,7 +241,13 @@ def together(reports: Sequence[HostReport]) -> Evidence:
         early_exit_ok=any(evidence.early_exit_ok for evidence in seen),
         aborted_rank=aborted.aborted_rank if aborted else None,
         aborted_code=aborted.aborted_code if aborted else 0,
+        stop_reason=stopper.stop_reason if stopper else "",
+        stop_code=stopper.stop_code if stopper else 0,
     )
+
+
+def _stop_code(evidence: Evidence) -> int:
+    return evidence.stop_code
 
 
 def from_dict(kind: type[Any], value: Mapping[str, Any]) -> Any:

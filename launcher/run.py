@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from launcher.cluster.kvstore import JobStore
     from launcher.container import Paths, StaleMark
     from launcher.evidence import Verdict
+    from launcher.mpi_plan import MpiJob
+    from launcher.supervisor.adoption import MpiPlan
     from launcher.supervisor.group import Group
     from launcher.topology import RankPlace, Topology
 
@@ -44,6 +46,7 @@ class Prepared(Record):
     """All decisions on one host's part of a job; printed by ``plan``, run by :func:`execute`.
 
     Attributes:
+        mpi: mpirun and what it is given, of an MPI job.
         topology: with the slots that the host list gives, else with this host's for all. Of several hosts, the
             leader tells the true ones when they have met.
         rendezvous: as far as it is settled; port 0: one that is free.
@@ -59,6 +62,7 @@ class Prepared(Record):
     run_dir: str
     keep_logs: bool
     console: tuple[int, ...]
+    mpi: MpiJob | None
     grace_failure_s: float
     grace_stop_s: float
     horovod: str = ""
@@ -74,6 +78,14 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
     hosts = spec.hosts
     counted = count_ranks(spec.settings["nproc_per_node"], machine.gpus, machine.neurons, len(machine.cpus))
     slots = host_lists.slots(hosts, counted, spec.settings["nproc_per_node"])
+    horovod = _horovod_controller(spec, environ) if spec["engine"] == "horovod" else ""
+    by_platform = spec["engine"] == "auto" and spec.container.flag("sagemaker_mpi_enabled")
+    mpi = None
+    if spec["engine"] == "mpi" or horovod == "mpi" or by_platform:
+        from launcher import mpi_plan
+
+        mpi = mpi_plan.prepare(spec, hosts.host_rank == 0, environ)
+        slots = mpi_plan.limit_slots(slots, spec["mpi_processes"])
     ranks = slots[hosts.host_rank]
     bound = spec["affinity"] == "split"
     shares = topologies.share_cpus(machine.cpus, ranks, machine.domains) if bound else ((),) * ranks
@@ -95,9 +107,10 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
         run_dir=run_dir,
         keep_logs=keep_logs,
         console=_console(spec, topology),
+        mpi=mpi,
         grace_failure_s=GRACE_AFTER_FAILURE_S if grace is None else grace,
         grace_stop_s=spec["stop_timeout"] - spec["stop_reserve"] if grace is None else grace,
-        horovod=_horovod_controller(spec, environ) if spec["engine"] == "horovod" else "",
+        horovod=horovod,
     )
 
 
@@ -313,12 +326,7 @@ def rank_launches(
     cpus = tuple(place.cpus for place in here.local)
     topology = topologies.plan(start.hosts, here.host, start.slots, cpus, here.threads_per_rank)
     environ = prepared.environ
-    if len(start.hosts) > 1:
-        from launcher.engines.network import network_environ
-
-        wanted = spec.container.resources.network_interface_name
-        log = say or (lambda line: None)
-        environ = {**environ, **network_environ(spec["interface"], wanted, start.local_address, environ, log)}
+    environ = {**environ, **_network(prepared, start, say or (lambda line: None))}
     launches = [
         engine.launch_of(
             place,
@@ -349,6 +357,16 @@ def rank_launches(
     interface = environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0] if len(start.hosts) > 1 else "lo"
     store = engine.Rendezvous(start.store_address, start.store_port)
     return [horovod.with_gloo(launch, place, topology, store, interface) for launch, place in placed]
+
+
+def _network(prepared: Prepared, start: Start, say: Callable[[str], None]) -> dict[str, str]:
+    """The variables that name the interface for ranks; none for one host."""
+    if len(start.hosts) < 2:
+        return {}
+    from launcher.engines.network import network_environ
+
+    wanted = prepared.spec.container.resources.network_interface_name
+    return network_environ(prepared.spec["interface"], wanted, start.local_address, prepared.environ, say)
 
 
 def first_start(prepared: Prepared) -> Start:
@@ -416,13 +434,37 @@ def _host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostP
         grace_stop_s=prepared.grace_stop_s,
         hang_timeout_s=spec["hang_timeout"],
         early_exit=spec["early_exit"],
-        preload=spec["preload"],
+        preload=spec["preload"] if prepared.mpi is None else "",  # a rank is mpirun's to start, and no fork of ours
+        mpi=(lambda start: _mpi_plan(prepared, start)) if prepared.mpi is not None else None,
         written_directories=(prepared.run_dir, spec.container.paths.output_dir, spec.container.paths.model_dir),
         deadline_file=prepared.environ["LAUNCHER_STOP_DEADLINE"],
         follow_parent=spec["follow_parent"] == "on" or (spec["follow_parent"] == "auto" and spec.mode == "train"),
         handle_signals=handle_signals,
         library=library,
         parent_pid=os.getppid(),
+    )
+
+
+def _mpi_plan(prepared: Prepared, start: Start) -> MpiPlan:
+    from launcher import mpi_plan
+
+    assert prepared.mpi is not None
+    world_size, here = sum(start.slots), prepared.topology
+
+    network = _network(prepared, start, lambda line: None)
+
+    def prefix(launch: engine.RankLaunch) -> str:
+        place = topologies.RankPlace(launch.rank, launch.local_rank, here.host, here.host_rank)
+        return _prefix(prepared.spec, place, world_size)
+
+    return mpi_plan.plan(
+        prepared.mpi,
+        start,
+        here.host,
+        run_dir=prepared.run_dir,
+        environ=prepared.environ,
+        interface=network.get("GLOO_SOCKET_IFNAME", ""),
+        prefix=prefix,
     )
 
 

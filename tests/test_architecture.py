@@ -128,6 +128,13 @@ ALLOWED: dict[str, set[str]] = {
         "launcher.record",
         "launcher.topology",
     },
+    "launcher.mpi_plan": {
+        "launcher.engines.mpi",
+        "launcher.errors",
+        "launcher.record",
+        "launcher.supervisor.adoption",
+        "launcher.supervisor.guardian",
+    },
     "launcher.plan": {"launcher.container", "launcher.hosts", "launcher.record", "launcher.run"},
 }
 

@@ -14,6 +14,7 @@ from launcher.record import replace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from launcher.cluster.options import ClusterPlan
     from launcher.errors import LauncherError
@@ -60,6 +61,12 @@ class Cluster:
 
     def attempt_over(self, report: HostReport) -> None:
         self._end.attempt_over(report)
+
+    def trouble(self, reason: str) -> None:
+        self._end.trouble(reason)
+
+    def relay(self, host: str, message: dict[str, Any]) -> bool:
+        return self._end.relay(host, message)
 
     def failed(self, error: LauncherError) -> None:
         self._end.failed(error)

@@ -15,7 +15,7 @@ from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S, 
 from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError
 from launcher.evidence import ClockOffset, Evidence, ExitRecord, HostReport, LostHost, RankProgress, from_dict
 from launcher.supervisor.coordinator import Coordinator
-from launcher.supervisor.group import Finish, Stacks, Start, Stop, Sweep
+from launcher.supervisor.group import Finish, Relayed, Stacks, Start, Stop, Sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -163,6 +163,15 @@ class Leader:
             self._members.pop(channel.host, None)
         elif channel.wants_write() != (fd in self._writing):
             self._settle(fd, channel)
+
+    def trouble(self, reason: str) -> None:
+        self._coordinator.trouble(self.plan.host, reason)
+
+    def relay(self, host: str, message: dict[str, Any]) -> bool:
+        member = self._members.get(host)
+        if member is not None:
+            self._send(member.channel, {"kind": "relay", "message": message})
+        return member is not None
 
     # ---- as the coordinator's hosts
 
@@ -338,6 +347,10 @@ class Leader:
                 raise ValueError(f"a report of {report.host}")
             self._note_cut(host, cut)
             self._over(report)
+        elif kind == "trouble":
+            self._coordinator.trouble(host, str(message["reason"]))
+        elif kind == "relay":
+            self._orders.append(Relayed(host, dict(message["message"])))
         elif kind == "failed":
             self._take_failure(host, messages.read_abort(message))
         else:

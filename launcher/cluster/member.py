@@ -15,7 +15,7 @@ from launcher.cluster.wire import WRONG_SECRET, Channel
 from launcher.errors import ClusterError, LauncherError, StoppedError
 from launcher.evidence import HostReport, LostHost
 from launcher.record import as_dict, replace
-from launcher.supervisor.group import Finish, Stacks, Start, Stop, Sweep
+from launcher.supervisor.group import Finish, Relayed, Stacks, Start, Stop, Sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -150,6 +150,13 @@ class Member:
         if not any(record.failed for record in report.records) and not report.evidence.launcher_error:
             self._say("all ranks of this host have ended with 0; waiting for the other hosts")
         self._after_probe(lambda: self._send(messages.report_message(report, self._cut)))
+
+    def trouble(self, reason: str) -> None:
+        self._send({"kind": "trouble", "reason": reason})
+
+    def relay(self, host: str, message: dict[str, Any]) -> bool:
+        self._send({"kind": "relay", "message": message})
+        return not host
 
     def failed(self, error: LauncherError) -> None:
         if self._abort is None:
@@ -345,6 +352,8 @@ class Member:
         elif kind == "stacks":
             self._orders.append(Stacks())
             self._ask_peers()
+        elif kind == "relay":
+            self._orders.append(Relayed(self._leader, dict(message["message"])))
         elif kind == "say":
             self._say(str(message["line"]))
         elif kind == "wait":

@@ -2,9 +2,11 @@
 
 member -> leader   hello facts slots | pong sent member_ns | ended record | stopping number forced | quiet still
                    stacked progress cut | over report cut | failed text code
+                   trouble reason | relay message
 leader -> member   start attempt without slots address port store line peers peer_port
                    stop number failure line lost | sweep line | stacks | ping sent | say line | wait text
                    verdict verdict | abort text code
+                   relay message
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def command_of(
 
     Args:
         slots: ranks of each host; their sum is the number of ranks.
-        interface: network interface for daemons and ranks; "" leaves the choice to MPI.
+        interface: network interfaces for daemons and ranks (eth0, or eth0,eth1); "" leaves the choice to MPI.
     """
     used = [(host, count) for host, count in zip(hosts, slots, strict=True) if count]
     if len(used) == 1 and used[0][0] == hosts[0]:
@@ -207,7 +207,7 @@ def command_of(
     if mpirun.family == HYDRA:
         ours = [(("launcher",), ["-launcher", "ssh", "-launcher-exec", agent]), (("rmk",), ["-rmk", "user"])]
         if interface:
-            ours.append((("iface",), ["-iface", interface]))
+            ours.append((("iface",), ["-iface", interface.partition(",")[0]]))  # it takes one
         # Ranks get their environment from their own host, not from this one.
         ours.append((("genvall", "genvlist", "genvnone"), ["-genvnone"]))
         layout = ["-hosts", listed, "-np", ranks]

@@ -85,12 +85,15 @@ def run(namespace: dict[str, Any]) -> None:
             _run_script(namespace, target)
     except SystemExit as end:
         _mark(FINISHED if end.code in (None, 0) else FAILED)
+        if end.code not in (None, 0):
+            _leave_mpi(end)
         raise
     except BaseException as error:
         error.__traceback__ = strip(error.__traceback__)
         if os.getpid() == _pid:  # not in a forked child of the script
             _mark(FAILED)
             record(error)
+            _leave_mpi(error)
         raise
     _mark(FINISHED)
 
@@ -145,6 +148,41 @@ def record(error: BaseException, thread: str = "") -> None:
         os.replace(temporary, _error_file)
     except OSError as problem:
         print(f"[launcher] cannot write {_error_file}: {problem}", file=sys.__stderr__)
+
+
+def _leave_mpi(error: BaseException) -> None:
+    """Ends this process, as the interpreter would, where that end would wait for other ranks of MPI for ever.
+
+    mpi4py calls MPI_Finalize last of all. There a rank that has failed waits for the others, and they wait for it.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or os.getpid() != _pid or not mpi.Is_initialized() or mpi.Is_finalized():
+        return
+    if mpi.COMM_WORLD.Get_size() < 2:
+        return
+    status = 1
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+    elif isinstance(error.code, int):
+        status = error.code & 0xFF
+    else:
+        print(error.code, file=sys.stderr)
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()  # waits for the script's threads
+    import atexit
+
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # closed, or replaced by something else
+    if isinstance(error, KeyboardInterrupt):
+        import signal
+
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(_pid, signal.SIGINT)
+    os._exit(status)
 
 
 def _is_library(path: str) -> bool:

@@ -51,8 +51,10 @@ _ALREADY = 114  # EALREADY: the guardian listens since the attempt before
 _LINGER_S = 10.0
 # What mpirun does for no visible reason often has one that another host is about to tell.
 _REASON_S = 0.5
+# mpirun has no limit of its own for daemons that cannot call back.
+_START_LIMIT_S = 300.0
+_START_LINE_S = 10.0
 _TAIL_LINES = 6
-_PF_EXITING = 0x4  # include/linux/sched.h, field 9 of /proc/pid/stat
 
 # "Abort(7) on node 1 (rank 1 in comm 0): application called MPI_Abort(MPI_COMM_WORLD, 7) - process 1"
 _MPICH_ABORT = re.compile(r"^Abort\((-?\d+)\) on node \d+ \(rank -?\d+ in comm \S+\): (.*)", re.MULTILINE)
@@ -117,13 +119,13 @@ class Adoption:
         self._rank_of: dict[int, int] = {}  # connection -> slot
         self._daemons_asked: set[int] = set()  # connections of agents that stand for a daemon somewhere
         self._asked: set[int] = set()  # slots that mpirun has asked for
-        self._leaving: set[int] = set()  # those that were ending by themselves when MPI's doings ended the attempt
         self._program = plan.command[0] if plan.command else ""
         self._environ: Mapping[str, str] = plan.environ  # of mpirun, or the daemon
         self._aborted: tuple[int, int] | None = None  # rank and code, by mpirun's words
         self._pending: tuple[float, str, int] | None = None
         self._linger_at_s = 0.0
         self._mpirun_ended = not plan.command
+        self._started_s = self._line_s = time.monotonic()
 
     def start(self) -> None:
         """Opens the socket for agents; mpirun is started when it is open."""
@@ -158,6 +160,8 @@ class Adoption:
     def next_time(self) -> float | None:
         """When :meth:`on_time` has something to do."""
         times = [moment for moment in (self._linger_at_s, self._pending[0] if self._pending else 0.0) if moment]
+        if self._waiting():
+            times.append(self._line_s + _START_LINE_S)
         return min(times) if times else None
 
     def on_time(self, now_s: float) -> None:
@@ -166,6 +170,9 @@ class Adoption:
             _, reason, code = self._pending
             self._pending = None
             self._stop(reason, code)
+        if now_s >= self._line_s + _START_LINE_S and self._waiting():
+            self._line_s = now_s
+            self._tell_waiting(now_s)
         if self._linger_at_s and now_s >= self._linger_at_s:
             self._linger_at_s = 0.0
             if not self.over:
@@ -173,9 +180,7 @@ class Adoption:
                 self.attempt.sweep(0)
 
     def corrected(self, record: ExitRecord) -> ExitRecord:
-        """``record`` without being told, if the rank was ending already; with what MPI says of an error of its own."""
-        if record.local_rank in self._leaving:
-            record = replace(record, told_ns=0)
+        """``record`` with what MPI says of an error of its own."""
         found = _MPICH_ABORT.search(record.stderr_tail) if record.failed and not record.message else None
         if found and not found[2].startswith("application called"):
             record = replace(record, message=f"MPI: {found[2]}")
@@ -384,6 +389,24 @@ class Adoption:
 
     # ---- details
 
+    def _waiting(self) -> list[int]:
+        """The ranks here that mpirun has not asked for."""
+        if not self.attempt.running:
+            return []
+        return [launch.rank for slot, launch in self.attempt.launches.items() if slot not in self._asked]
+
+    def _tell_waiting(self, now_s: float) -> None:
+        waited_s = now_s - self._started_s
+        waiting = self._waiting()
+        ranks = ", ".join(map(str, waiting[:16])) + (", ..." if len(waiting) > 16 else "")
+        text = f"MPI has not asked for rank {ranks} of {self.attempt.plan.host} after {waited_s:.0f} s"
+        if len(self.plan.hosts) > 1:
+            text += f"; its daemons call {self.plan.hosts[0]} on a port of the kernel's choice: is that let through?"
+        if waited_s >= _START_LIMIT_S:
+            self.attempt.fail(text)
+        else:
+            self.attempt.say(text)
+
     def _tell(self, host: str, message: dict[str, Any]) -> bool:
         return self.relay(host, {**message, "attempt": self.attempt.number})
 
@@ -420,8 +443,6 @@ class Adoption:
 
     def _stop(self, reason: str, code: int) -> None:
         if self.attempt.running:
-            # MPICH's daemon sees a rank's end by its closed connection, and acts before the process has quite ended.
-            self._leaving = {slot for slot, pid in self.attempt.pids.items() if slot >= 0 and is_exiting(pid)}
             self.stop_reason, self.stop_code = reason, code
             self.attempt.on_trouble(reason)
             self.attempt.stop(_SIGTERM, self.attempt.plan.grace_failure_s)
@@ -447,16 +468,6 @@ class _Running:
 def exit_code(code: int) -> int:
     """What a process can end with for a code given to MPI_Abort; never 0."""
     return code & 0xFF or 1
-
-
-def is_exiting(pid: int) -> bool:
-    """Whether a process is on its way out of the kernel, or gone."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            flags = int(file.read().rpartition(")")[2].split()[6])
-    except (OSError, ValueError, IndexError):
-        return True
-    return bool(flags & _PF_EXITING)
 
 
 def _signal_name(number: int) -> str:

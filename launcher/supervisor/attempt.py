@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from launcher.engines.torch import RankLaunch
     from launcher.evidence import ExitRecord
+    from launcher.supervisor.adoption import Adoption
     from launcher.supervisor.group import Start
     from launcher.supervisor.options import HostPlan
 
@@ -28,6 +29,7 @@ SIGTERM, SIGKILL = 15, 9
 # What is left of a job that succeeded (an upload in the background) gets this long after SIGTERM.
 _LEFTOVER_GRACE_MS = 2000
 _WAITING_LINE_S = 10.0
+_PF_EXITING = 0x4  # include/linux/sched.h; field 9 of /proc/pid/stat
 
 
 class Attempt:
@@ -49,6 +51,13 @@ class Attempt:
         self.launcher_code = EXIT_INTERNAL
         self.stuck: list[str] = []
         self.on_record: Callable[[ExitRecord], None] = lambda record: None
+        self.adoption: Adoption | None = None
+        if plan.mpi is not None:
+            from launcher.supervisor.adoption import Adoption
+
+            self.adoption = Adoption(plan.mpi(start), self)
+        self.on_trouble: Callable[[str], None] = lambda reason: None
+        self._leaving: set[int] = set()
         self._told_ns = 0
         self._deadline_s = 0.0
         self._line_at_s = 0.0
@@ -69,12 +78,32 @@ class Attempt:
             # CUDA cannot be used after fork(): ranks see GPUs, the process that imports for them does not need to.
             environ = next(iter(self.launches.values())).environ
             self._spawn("zygote", ZYGOTE, zygote, environ, "", ())
+        if self.adoption is not None:
+            self.adoption.start()
+            self._end_if_over()  # there may be no rank for this host
+            return
         for slot, launch in self.launches.items():
             kind = "fork" if self.plan.preload and launch.booted else "exec"
             self._spawn(kind, slot, list(launch.argv), launch.environ, launch.directory, launch.cpus)
 
+    def start_rank(self, launch: RankLaunch, connection: int) -> None:
+        """Starts a rank that mpirun has asked for; ``connection`` is that of the agent it stands for."""
+        if launch.rank != self.launches[launch.local_rank].rank:
+            os.unlink(launch.status_page)
+            make_status_page(launch.status_page, launch.rank)
+        self.launches[launch.local_rank] = launch
+        slot, argv = launch.local_rank, list(launch.argv)
+        self._spawn("exec", slot, argv, launch.environ, launch.directory, launch.cpus, connection)
+
     def _spawn(
-        self, kind: str, slot: int, argv: list[str], environ: dict[str, str], directory: str, cpus: tuple[int, ...]
+        self,
+        kind: str,
+        slot: int,
+        argv: list[str],
+        environ: dict[str, str],
+        directory: str,
+        cpus: tuple[int, ...],
+        connection: int = 0,
     ) -> None:
         launch = self.launches.get(slot)
         self.guardian.send(
@@ -89,6 +118,7 @@ class Attempt:
                 cpus=cpus,
                 argv=argv,
                 environ=environ,
+                connection=connection,
             )
         )
 
@@ -96,7 +126,10 @@ class Attempt:
 
     def on_event(self, event: Event) -> None:
         """Takes one event of the guardian."""
-        if event.verb == "started":
+        if self.adoption is not None and self.adoption.takes(event):
+            self.adoption.on_event(event)
+            self._end_if_over()
+        elif event.verb == "started":
             self.pids[event.number(0)] = event.number(1)
         elif event.verb == "exited":
             self._on_exit(event)
@@ -107,6 +140,8 @@ class Attempt:
 
     def on_time(self, now_s: float) -> None:
         """Takes the time (``time.monotonic()``)."""
+        if self.adoption is not None:
+            self.adoption.on_time(now_s)
         if self.stage == STOP and now_s >= self._deadline_s:
             alive = ", ".join(str(self.launches[slot].rank) for slot in self._alive())
             self.say(f"grace period over: killing rank {alive}" if alive else "grace period over: killing what is left")
@@ -121,7 +156,18 @@ class Attempt:
         """When ``on_time`` has something to do, if nothing happens before."""
         if self.stage == STOP:
             return self._deadline_s
-        return self._line_at_s or None
+        others = self.adoption.next_time() if self.adoption is not None else None
+        times = [moment for moment in (self._line_at_s, others) if moment]
+        return min(times) if times else None
+
+    @property
+    def running(self) -> bool:
+        """Whether nothing has ended the attempt yet."""
+        return self.stage == RUN
+
+    def all_ended(self) -> bool:
+        """Whether all ranks of this host have ended."""
+        return not self._alive()
 
     # ---- transitions
 
@@ -134,7 +180,13 @@ class Attempt:
         self._told_ns = time.monotonic_ns()
         self._deadline_s = time.monotonic() + grace_s
         self._tell_deadline()
+        # What others see of a rank's end (a closed connection) may come before the process has quite ended.
+        self._leaving = {slot for slot in self._alive() if slot in self.pids and _is_exiting(self.pids[slot])}
         self.guardian.send("signal", ALL_RANKS, number)
+        if self.adoption is not None:
+            for slot in [slot for slot in self._alive() if self.adoption.unborn(slot)]:
+                record = self._never_started(slot, 1, "stopped before it was started")
+                self.records[slot] = replace(record, told_ns=self._told_ns)
         unborn = self.plan.preload and not any(slot in self.pids for slot in self._alive())
         if unborn or not self._alive():  # a preload may take for ever, and its process gets no grace
             self.sweep(0)
@@ -151,6 +203,7 @@ class Attempt:
         """Ends the attempt for a reason that is no rank's."""
         if not self.launcher_error:
             self.launcher_error, self.launcher_code = reason, code
+            self.on_trouble(reason)
         self.stop(SIGTERM, self.plan.grace_failure_s)
 
     def abandon(self) -> None:
@@ -181,17 +234,26 @@ class Attempt:
             from launcher.supervisor.records import make_record  # loaded while the ranks were starting
 
             # A rank that was signalled has this attempt's time; one that ended before has none.
-            told_ns = self._told_ns if 0 < self._told_ns <= event.number(4) else 0
+            told_ns = self._told_ns if slot not in self._leaving and 0 < self._told_ns <= event.number(4) else 0
             record = make_record(event, self.launches[slot], self.plan.host, told_ns, slot in self.replaced)
+            if self.adoption is not None:
+                record = self.adoption.corrected(record)
             self.records[slot] = record
             if record.note:
                 self.say(record.note)
             self.on_record(record)
             if self.stage == RUN:
                 self._judge_end(record)
-        if not self._alive() and self.stage in (RUN, STOP):
-            clean = self.stage == RUN and not any(record.failed for record in self.records.values())
-            self.sweep(_LEFTOVER_GRACE_MS if clean else 0)
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        if self._alive() or self.stage not in (RUN, STOP):
+            return
+        clean = self.stage == RUN and not any(record.failed for record in self.records.values())
+        if clean and self.adoption is not None and not self.adoption.over:
+            self.adoption.ranks_over()
+            return
+        self.sweep(_LEFTOVER_GRACE_MS if clean else 0)
 
     def _on_zygote_exit(self, event: Event) -> None:
         """Ranks that it has forked do not need it any more; the others will never be."""
@@ -256,3 +318,13 @@ class Attempt:
         for slot in self._alive():
             self.records[slot] = replace(self._never_started(slot, 1, reason), told_ns=self._told_ns)
         self.stage = DONE
+
+
+def _is_exiting(pid: int) -> bool:
+    """Whether a process is on its way out of the kernel, or gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            flags = int(file.read().rpartition(")")[2].split()[6])
+    except (OSError, ValueError, IndexError):
+        return True
+    return bool(flags & _PF_EXITING)

@@ -114,6 +114,10 @@ class Coordinator:
             self._progress[host] = progress
             self._conclude_hang()
 
+    def trouble(self, host: str, reason: str) -> None:
+        """A host stops its ranks for a reason that is no rank's: so do all. Its report tells more."""
+        self._stop(_SIGTERM, f"{host}: {reason}: stopping all ranks" if self._several else "")
+
     def attempt_over(self, report: HostReport) -> None:
         """Nothing of the attempt is left on a host."""
         if report.attempt != self.attempt or self._finished:

@@ -12,7 +12,7 @@ from launcher.supervisor.coordinator import Coordinator
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from launcher.errors import LauncherError
     from launcher.evidence import ExitRecord, HostReport, RankProgress, Verdict
@@ -47,6 +47,19 @@ if TYPE_CHECKING:
 
         def failed(self, error: LauncherError) -> None:
             """This host cannot go on, for a reason that is no rank's."""
+
+        def trouble(self, reason: str) -> None:
+            """This host stops its ranks for a reason that is no rank's; its report will say so too."""
+
+        def relay(self, host: str, message: dict[str, Any]) -> bool:
+            """Sends a message to the supervisor of a host, where it comes as :class:`Relayed`.
+
+            Args:
+                host: only the leader can name one; "" is the leader itself.
+
+            Returns:
+                Whether there is such a host.
+            """
 
         def close(self) -> None:
             """Sends what is still to be sent, within a bound, and lets go of the other hosts."""
@@ -92,13 +105,20 @@ class Stacks(Record):
     """Let all ranks write their stacks: the job hangs."""
 
 
+class Relayed(Record):
+    """Not an order: what another host's supervisor has to say to this one."""
+
+    host: str
+    message: dict[str, Any]
+
+
 class Finish(Record):
     """The job is over."""
 
     verdict: Verdict
 
 
-Order = Start | Stop | Sweep | Stacks | Finish
+Order = Start | Stop | Sweep | Stacks | Relayed | Finish
 
 
 class Alone:
@@ -147,6 +167,12 @@ class Alone:
 
     def close(self) -> None:
         return
+
+    def trouble(self, reason: str) -> None:
+        self._coordinator.trouble(self._host, reason)
+
+    def relay(self, host: str, message: dict[str, Any]) -> bool:
+        return False
 
     # ---- as the coordinator's hosts
 

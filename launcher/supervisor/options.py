@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.engines.torch import RankLaunch
+    from launcher.supervisor.adoption import MpiPlan
     from launcher.supervisor.group import Start
 
 
@@ -22,6 +23,7 @@ class HostPlan(Record):
         deadline_file: where a stop's deadline is told to the ranks.
         written_directories: where the job writes, looked at for space.
         follow_parent: end when the process that started the launcher, parent_pid, ends.
+        mpi: the MPI side of an attempt; None for a job without MPI.
         handle_signals: take SIGTERM and the like (only in a main thread).
         library: the calling process goes on afterwards, and has children and handlers of its own.
     """
@@ -39,6 +41,7 @@ class HostPlan(Record):
     deadline_file: str
     written_directories: tuple[str, ...]
     follow_parent: bool
+    mpi: Callable[[Start], MpiPlan] | None = None
     handle_signals: bool = True
     library: bool = False
     parent_pid: int = 0

@@ -13,7 +13,7 @@ import time
 
 from launcher.errors import InternalError, LauncherError, StoppedError
 from launcher.supervisor.attempt import DONE, RUN, SIGKILL, SIGTERM, Attempt
-from launcher.supervisor.group import Finish, Start, Stop, Sweep
+from launcher.supervisor.group import Finish, Relayed, Start, Stop, Sweep
 from launcher.supervisor.guardian import ALL_RANKS, ZYGOTE, Guardian
 
 TYPE_CHECKING = False
@@ -126,6 +126,9 @@ class Supervisor:
         self._reported = self._was_still = False
         self._watching = None
         attempt.on_record = self._take_record
+        attempt.on_trouble = self.group.trouble
+        if attempt.adoption is not None:
+            attempt.adoption.relay = self.group.relay
         zygote: list[str] = []
         if self.plan.preload and not self._zygote_lives:
             booted = next((launch for launch in attempt.launches.values() if launch.booted), None)
@@ -232,8 +235,18 @@ class Supervisor:
                     self._forced = True
                     self.say(order.line)
                     attempt.sweep(0)
+            elif isinstance(order, Relayed):
+                self._take_relayed(attempt, order)
             elif self._watching is not None:  # Stacks
                 self._watching.ask_for_stacks(time.monotonic(), attempt, self.guardian)
+
+    def _take_relayed(self, attempt: Attempt, order: Relayed) -> None:
+        if attempt.adoption is None:
+            return
+        try:
+            attempt.adoption.on_message(order.host, order.message)
+        except (KeyError, TypeError, ValueError) as error:
+            self.say(f"WARNING: a message of {order.host} is none: {type(error).__name__}: {error}")
 
     def _take_record(self, record: ExitRecord) -> None:
         if record.failed:
@@ -315,6 +328,8 @@ class Supervisor:
         before, self._memory = self._memory, memory
         watch = self._watching
         assert watch is not None  # made with the attempt
+        adoption = attempt.adoption
+        aborted = adoption.aborted(list(attempt.records.values())) if adoption is not None else None
         return Evidence(
             stop_signal=self._stop_signal,
             forced=self._forced,
@@ -328,6 +343,10 @@ class Supervisor:
             launcher_error=attempt.launcher_error,
             launcher_code=attempt.launcher_code,
             early_exit_ok=self.plan.early_exit == "ok",
+            aborted_rank=aborted[0] if aborted else None,
+            aborted_code=aborted[1] if aborted else 0,
+            stop_reason=adoption.stop_reason if adoption is not None else "",
+            stop_code=adoption.stop_code if adoption is not None else 0,
         )
 
     # ---- signals and orphans

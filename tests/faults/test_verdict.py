@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from launcher.record import replace
 from launcher.evidence import Evidence, ExitRecord, LostChild
+from launcher.record import replace
 from launcher.verdict import HEAD_CHARACTERS, judge
 
 MS = 1_000_000

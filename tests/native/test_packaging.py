@@ -37,7 +37,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("*.so", "_guardian", "_agent", "__pycache__"))
+            shutil.copytree(
+                source, tree / name, ignore=shutil.ignore_patterns("*.so", "_guardian", "_agent", "__pycache__")
+            )
         elif source.exists():
             shutil.copy2(source, tree / name)
     return tree
