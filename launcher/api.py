@@ -79,6 +79,7 @@ def launch(
         KeyboardInterrupt: the job was stopped by Ctrl-C.
     """
     from launcher import job, run
+    from launcher.prepare import prepare
     from launcher.rank.call import LOADING
 
     if LOADING in os.environ:
@@ -99,7 +100,7 @@ def launch(
     else:
         line = CommandLine("run", given, (), os.fspath(target), tuple(str(arg) for arg in args))
     try:
-        prepared = run.prepare(job.resolve(line, environ, _log, entry), environ)
+        prepared = prepare(job.resolve(line, environ, _log, entry), environ)
         # Only the main thread may have signal handlers; elsewhere Ctrl-C is the caller's.
         main = threading.current_thread() is threading.main_thread()
         verdict = run.execute(prepared, environ, handle_signals=main, library=True)
@@ -139,11 +140,11 @@ def _call_entry(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[An
 
 
 def _result(prepared: Any, verdict: Verdict, is_call: bool) -> Result:
-    from launcher import run
+    from launcher.assembly import first_start, rank_launches
     from launcher.rank.call import load_result
 
-    start = replace(run.first_start(prepared), attempt=verdict.attempt)
-    launches = {launch.rank: launch for launch in run.rank_launches(prepared, start)}
+    start = replace(first_start(prepared), attempt=verdict.attempt)
+    launches = {launch.rank: launch for launch in rank_launches(prepared, start)}
     ranks = tuple(
         RankResult(
             rank=record.rank,

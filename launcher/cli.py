@@ -81,6 +81,7 @@ def _log(text: str) -> None:
 
 def _run(line: CommandLine) -> int:
     from launcher import job, run
+    from launcher.prepare import prepare
 
     _end_on_stop_signals()
     spec: JobSpec | None = None
@@ -88,7 +89,7 @@ def _run(line: CommandLine) -> int:
         spec = job.resolve(line, os.environ, _log)
         for name in line.ignored:
             _log(f"{name} has no effect here: hosts find each other by the container contract")
-        prepared = run.prepare(spec, os.environ)
+        prepared = prepare(spec, os.environ)
         return run.execute(prepared, os.environ).exit_code
     except LauncherError as error:
         run.report_error(error, spec.container.paths if spec else _contract_paths(line, error), _log)
@@ -128,8 +129,9 @@ def _contract_paths(line: CommandLine, error: LauncherError) -> Paths | None:
 
 
 def _plan(line: CommandLine) -> int:
-    from launcher import job, run
+    from launcher import job
     from launcher.plan import as_json, as_table
+    from launcher.prepare import prepare
 
-    prepared = run.prepare(job.resolve(line, os.environ, _log), os.environ)
+    prepared = prepare(job.resolve(line, os.environ, _log), os.environ)
     return _show(as_json(prepared) if line.as_json else as_table(prepared))

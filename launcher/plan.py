@@ -6,9 +6,10 @@ import json
 import os
 
 from launcher import container as contract
+from launcher.assembly import first_start, rank_launches
 from launcher.hosts import fewest
+from launcher.prepare import Prepared
 from launcher.record import as_dict
-from launcher.run import Prepared, first_start, rank_launches
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

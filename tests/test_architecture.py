@@ -135,7 +135,13 @@ ALLOWED: dict[str, set[str]] = {
         "launcher.supervisor.adoption",
         "launcher.supervisor.guardian",
     },
-    "launcher.plan": {"launcher.container", "launcher.hosts", "launcher.record", "launcher.run"},
+    "launcher.plan": {
+        "launcher.assembly",
+        "launcher.container",
+        "launcher.hosts",
+        "launcher.prepare",
+        "launcher.record",
+    },
 }
 
 
@@ -151,7 +157,18 @@ def test_imports_point_one_way(unit: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("unit", ["launcher.cli", "launcher.api", "launcher.run", "launcher.plan", "launcher.job"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "launcher.cli",
+        "launcher.api",
+        "launcher.run",
+        "launcher.assembly",
+        "launcher.plan",
+        "launcher.prepare",
+        "launcher.job",
+    ],
+)
 def test_nothing_below_imports_what_is_on_top(unit: str) -> None:
     below = {"launcher.container", "launcher.engines", "launcher.supervisor", "launcher.rank", "launcher.topology"}
     below |= {"launcher.cluster", "launcher.hosts"}
