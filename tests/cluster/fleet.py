@@ -66,7 +66,15 @@ class Fleet:
         job.tree(resources={"current_host": host, "hosts": self.names, "network_interface_name": "lo"})
         return job
 
-    def start(self, host: str, *options: str, job: Any = None, secret: str = SECRET, leader: str = "") -> Any:
+    def start(
+        self,
+        host: str,
+        *options: str,
+        job: Any = None,
+        secret: str = SECRET,
+        leader: str = "",
+        script_args: Sequence[str] = (),
+    ) -> Any:
         """Starts a host's launcher. ``leader``: the address at which it believes the first host to be."""
         addresses = {**self.addresses, **({self.names[0]: leader} if leader else {})}
         words = [f"--host-addresses={name}={address}" for name, address in addresses.items()]
@@ -76,6 +84,7 @@ class Fleet:
             *words,
             self.script_path,
             self.go,
+            *script_args,
             env={"LAUNCHER_SECRET": secret} if secret else None,
         )
 
@@ -83,6 +92,17 @@ class Fleet:
         """Waits until the ranks of ``hosts`` run."""
         for host in hosts or self.names:
             self.jobs[host].wait_for_line("UP ")
+
+    def listening(self) -> None:
+        """Waits until the leader can be reached."""
+
+        def found() -> bool:
+            lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+            return any(
+                words[1].endswith(f":{self.leader_port:04X}") and words[3] == "0A" for words in map(str.split, lines)
+            )
+
+        self.wait_until(found, f"the leader to listen\n{self.output()}")
 
     def codes(self, *hosts: str) -> list[int]:
         """Exit codes once all launchers have ended."""

@@ -238,7 +238,7 @@ def test_a_second_launcher_for_one_host(make_fleet: Any, host: str, running: boo
     """It knows the secret, and is one too many: it waits, in vain."""
     fleet = make_fleet(3)
     fleet.start("algo-1")
-    fleet.wait_until(lambda: _listens(fleet.port), "the leader")
+    fleet.listening()
     fleet.start("algo-2")
     if running:
         fleet.start("algo-3")
@@ -257,11 +257,6 @@ def test_a_second_launcher_for_one_host(make_fleet: Any, host: str, running: boo
     fleet.finish()
     if host == "algo-2":
         assert fleet.refused()["refused"] >= 1
-
-
-def _listens(port: int) -> bool:
-    lines = Path("/proc/net/tcp6").read_text().splitlines() + Path("/proc/net/tcp").read_text().splitlines()
-    return any(words[1].endswith(f":{port:04X}") and words[3] == "0A" for words in map(str.split, lines))
 
 
 def _joined(fleet: Fleet, host: str) -> None:
@@ -396,7 +391,7 @@ def test_a_members_nonsense_while_ranks_run(make_fleet: Any, message: dict[str, 
     """The host counts as lost: one verdict, in bounded words, with the code for it."""
     fleet = make_fleet(2)
     fleet.start("algo-1", "--peer-check=off", "--max-restarts=3")
-    fleet.wait_until(lambda: _listens(fleet.port), "the leader")
+    fleet.listening()
     peer = Peer(fleet, "algo-2").hello()
     peer.told("start")
     fleet.up("algo-1")
@@ -413,7 +408,7 @@ def test_members_nonsense_while_hosts_are_missing(make_fleet: Any) -> None:
     """Each time the connection ends, and the true host has its place."""
     fleet = make_fleet(3)
     fleet.start("algo-1", "--peer-check=off")
-    fleet.wait_until(lambda: _listens(fleet.port), "the leader")
+    fleet.listening()
     for message in BAD_HELLOS:
         Peer(fleet, "algo-2").hello(**message).closed()
     early = [ended(), over(), {"kind": "quiet", "still": True}, {"kind": "stacked", "progress": [], "cut": []}]
@@ -435,7 +430,7 @@ def test_facts_that_are_too_many(make_fleet: Any, check: str) -> None:
     """What differs is told in bounded words, also when it is megabytes."""
     fleet = make_fleet(2)
     fleet.start("algo-1", f"--peer-check={check}")
-    fleet.wait_until(lambda: _listens(fleet.port), "the leader")
+    fleet.listening()
     peer = Peer(fleet, "algo-2").hello(facts={"packages": {LONG: "1"}, "python": "x\ny", "hosts": [DEEP]})
     if check == "warn":
         peer.told("start")
@@ -452,7 +447,7 @@ def test_a_member_that_joins_twice(make_fleet: Any) -> None:
     """Two connections prove themselves before either says hello: the first hello counts."""
     fleet = make_fleet(2)
     fleet.start("algo-1", "--peer-check=off")
-    fleet.wait_until(lambda: _listens(fleet.port), "the leader")
+    fleet.listening()
     first, second = Peer(fleet, "algo-2"), Peer(fleet, "algo-2")
     second.until(lambda: second.channel.open, "the handshake")
     first.hello().told("start")
