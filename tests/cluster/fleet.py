@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import select
 import socket
 import struct
@@ -55,6 +56,7 @@ class Fleet:
         self.script_path = directory / "train.py"
         self.script(RANKS)
         self._make_job = make_job
+        self.peers: list[Peer] = []
         self.jobs = {name: self.job(name, name) for name in self.names}
 
     def script(self, text: str) -> None:
@@ -91,7 +93,7 @@ class Fleet:
     def up(self, *hosts: str) -> None:
         """Waits until the ranks of ``hosts`` run."""
         for host in hosts or self.names:
-            self.jobs[host].wait_for_line("UP ")
+            self.jobs[host].wait_for_line("UP")
 
     def listening(self) -> None:
         """Waits until the leader can be reached."""
@@ -119,10 +121,15 @@ class Fleet:
             assert lines == [f"UP {rank} of {len(self.names)}", f"DONE {rank}"], self.output()
         self.assert_clean()
 
+    def close(self) -> None:
+        """Ends the connections of the test's own members."""
+        for peer in self.peers:
+            peer.channel.close("the test is over")
+
     def assert_clean(self) -> None:
         """No launcher has met a fault of its own."""
         for job in self.jobs.values():
-            assert "Traceback" not in job.stderr, self.output()
+            assert not re.search(r"^(\[launcher\] )?Traceback", job.stderr, re.MULTILINE), self.output()
             assert "fault of the launcher" not in job.stderr, self.output()
 
     def output(self) -> str:
@@ -198,6 +205,7 @@ class Peer:
         key = job_key(secret.encode()) if secret else key_without_secret(digest)
         self.channel = Channel.connecting(sock, key=key, job=digest, host=host, now_s=0.0)
         self.heard: list[dict[str, Any]] = []
+        fleet.peers.append(self)
 
     def turn(self) -> None:
         channel = self.channel

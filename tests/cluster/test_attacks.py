@@ -25,8 +25,16 @@ NONE_AT_ALL = "127.0.7.7"  # no host's address
 
 
 @pytest.fixture
-def make_fleet(make_job: Any, wait_until: Any, tmp_path: Path) -> Callable[[int], Fleet]:
-    return lambda count: Fleet(make_job, wait_until, tmp_path, count)
+def make_fleet(make_job: Any, wait_until: Any, tmp_path: Path) -> Iterator[Callable[[int], Fleet]]:
+    made: list[Fleet] = []
+
+    def make(count: int) -> Fleet:
+        made.append(Fleet(make_job, wait_until, tmp_path, count))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.close()
 
 
 @pytest.fixture

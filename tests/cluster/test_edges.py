@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,16 @@ EXIT_CLUSTER = 69
 
 
 @pytest.fixture
-def make_fleet(make_job: Any, wait_until: Any, tmp_path: Path) -> Callable[[int], Fleet]:
-    return lambda count: Fleet(make_job, wait_until, tmp_path, count)
+def make_fleet(make_job: Any, wait_until: Any, tmp_path: Path) -> Iterator[Callable[[int], Fleet]]:
+    made: list[Fleet] = []
+
+    def make(count: int) -> Fleet:
+        made.append(Fleet(make_job, wait_until, tmp_path, count))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.close()
 
 
 # ---- signals
@@ -53,6 +61,7 @@ def test_a_stop_on_a_host_that_is_done_already(make_fleet: Any, host: str) -> No
 # ---- hosts that leave
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--max-restarts=2",), ("--max-restarts=2", "--min-hosts=2")], ids=["all", "2"])
 def test_a_host_that_is_lost_when_its_part_is_over(make_fleet: Any, options: tuple[str, ...]) -> None:
     """It has told how its ranks failed, then it is gone: it is missing for the next attempt."""
@@ -72,7 +81,7 @@ def test_a_host_that_is_lost_when_its_part_is_over(make_fleet: Any, options: tup
         """
     )
     for name in fleet.names:
-        fleet.start(name, *options)
+        fleet.start(name, "--grace=6", *options)
     fleet.up()
     fleet.go.touch()
     lost = fleet.jobs["algo-2"]
@@ -87,7 +96,7 @@ def test_a_host_that_is_lost_when_its_part_is_over(make_fleet: Any, options: tup
         assert fleet.jobs["algo-1"].failure == fleet.jobs["algo-3"].failure
         assert fleet.jobs["algo-1"].failure.startswith("rank 1 on algo-2 exited with code 7")
     for name in ("algo-1", "algo-3"):
-        assert "Traceback" not in fleet.jobs[name].stderr, fleet.output()
+        assert "[launcher] Traceback" not in fleet.jobs[name].stderr, fleet.output()
 
 
 def test_a_host_that_stands_still_is_no_refused_connection(make_fleet: Any) -> None:
@@ -126,7 +135,7 @@ def test_many_long_failures_on_one_host(make_fleet: Any) -> None:
     )
     fleet.start("algo-1")
     fleet.start("algo-2", "--nproc-per-node=24")
-    assert fleet.codes() == [1, 1], fleet.output()[-4000:]
+    assert fleet.codes() == [1, 1], fleet.output()
     failures = [job.failure for job in fleet.jobs.values()]
     assert failures[0] == failures[1]
     assert "on algo-2 failed: ValueError: \N{SNOWMAN}\N{SNOWMAN}" in failures[0]
@@ -141,12 +150,12 @@ def test_one_long_failure_is_the_same_text_on_all_hosts(make_fleet: Any, rank: s
         import os, select
         if os.environ["RANK"] != "{rank}":
             select.select([], [], [], 600)
-        raise ValueError("\\n".join(f"line {{number}} " + "x" * 100 for number in range(5000)))
+        raise ValueError("\\n".join(f"line {{number}} " + "x" * 100 for number in range(2500)))
         """
     )
     for name in fleet.names:
         fleet.start(name)
-    assert fleet.codes() == [1, 1], fleet.output()[-4000:]
+    assert fleet.codes() == [1, 1], fleet.output()
     failures = [job.failure for job in fleet.jobs.values()]
     assert failures[0] == failures[1]
     assert failures[0].startswith(f"rank {rank} on algo-{int(rank) + 1} failed: ValueError: line 0")
@@ -169,7 +178,7 @@ def test_an_error_file_of_a_megabyte(make_fleet: Any) -> None:
     )
     for name in fleet.names:
         fleet.start(name)
-    assert fleet.codes() == [5, 5], fleet.output()[-4000:]
+    assert fleet.codes() == [5, 5], fleet.output()
     assert fleet.jobs["algo-1"].failure.startswith("rank 1 on algo-2")
     fleet.assert_clean()
 
