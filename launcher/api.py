@@ -143,17 +143,21 @@ def _result(prepared: Any, verdict: Verdict, is_call: bool) -> Result:
     from launcher.assembly import first_start, rank_launches
     from launcher.rank.call import load_result
 
-    start = replace(first_start(prepared), attempt=verdict.attempt)
-    launches = {launch.rank: launch for launch in rank_launches(prepared, start)}
+    # Of several hosts, the others' ranks are none of ours, and how many they are was settled when the hosts met. Files
+    # go by local rank: the launches are those of a job on this host alone.
+    here = prepared.topology
+    alone = replace(first_start(prepared), attempt=verdict.attempt, hosts=(here.host,), slots=(len(here.local),))
+    launches = {launch.local_rank: launch for launch in rank_launches(prepared, alone)}
     ranks = tuple(
         RankResult(
             rank=record.rank,
             exit_code=record.exit_code,
             peak_rss_bytes=record.max_rss_kib * 1024,
-            stdout_log=launches[record.rank].stdout_path,
-            stderr_log=launches[record.rank].stderr_path,
-            value=load_result(launches[record.rank].environ["LAUNCHER_RESULT"]) if is_call else None,
+            stdout_log=launches[record.local_rank].stdout_path,
+            stderr_log=launches[record.local_rank].stderr_path,
+            value=load_result(launches[record.local_rank].environ["LAUNCHER_RESULT"]) if is_call else None,
         )
         for record in verdict.records
+        if record.host == here.host
     )
     return Result(verdict, ranks, prepared.spec.container.paths.base)

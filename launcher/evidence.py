@@ -253,6 +253,8 @@ def _stop_code(evidence: Evidence) -> int:
 def from_dict(kind: type[Any], value: Mapping[str, Any]) -> Any:
     """The record of ``kind`` that :func:`launcher.record.as_dict` made ``value`` of, after a way through JSON.
 
+    Numbers have 64 bits and are finite, so that one can calculate with them.
+
     Raises:
         TypeError, ValueError: it is no such record; what came from another host may be anything.
     """
@@ -264,15 +266,32 @@ def from_dict(kind: type[Any], value: Mapping[str, Any]) -> Any:
         inner = nested.get(name)
         if item is None or inner is None:
             if not _fits(item, str(declared.get(name))):
-                raise TypeError(f"{kind.__name__}: {name} is {item!r}; expected {declared.get(name)}")
+                raise TypeError(f"{kind.__name__}: {name} is no {declared.get(name)}, but {type(item).__name__}")
+            if type(item) in (int, float) and not -_MOST <= item <= _MOST:  # NaN is not in any range
+                raise ValueError(f"{kind.__name__}: {name} is no finite number of 64 bits")
             fields[name] = item
         elif isinstance(inner, tuple):
+            if not isinstance(item, list):
+                raise TypeError(f"{kind.__name__}: {name} is no list, but {type(item).__name__}")
             fields[name] = tuple(from_dict(inner[0], one) for one in item)
         elif isinstance(inner, type) and issubclass(inner, Record):
             fields[name] = from_dict(inner, item)
         else:
             fields[name] = inner(item)
     return kind(**fields)
+
+
+def whole_number(value: object) -> int:
+    """``value``, if it is an integer (no bool) of 64 bits.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if type(value) is not int:
+        raise TypeError(f"a whole number expected, found {type(value).__name__}")
+    if not -_MOST <= value <= _MOST:
+        raise ValueError("a whole number of 64 bits expected, found a longer one")
+    return value
 
 
 def _fits(item: object, declared: str) -> bool:
@@ -284,21 +303,26 @@ def _fits(item: object, declared: str) -> bool:
     return allowed is not None and type(item) in allowed
 
 
+_MOST = (1 << 63) - 1
 _PLAIN: dict[str, tuple[type[Any], ...]] = {"int": (int,), "str": (str,), "bool": (bool,), "float": (float, int)}
 
 
 def _by_rank(value: Mapping[str, str]) -> dict[int, str]:
     if not isinstance(value, dict):
         raise TypeError("an object by rank expected")
-    return {int(rank): str(text) for rank, text in value.items()}
+    if not all(isinstance(text, str) for text in value.values()):
+        raise TypeError("a text for each rank expected")
+    return {whole_number(int(rank)): text for rank, text in value.items()}
 
 
 def _numbers(value: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(number) for number in value)
+    return tuple(map(whole_number, value))
 
 
 def _pairs(value: Sequence[Sequence[str]]) -> tuple[tuple[str, str], ...]:
-    return tuple((str(first), str(second)) for first, second in value)
+    if not all(isinstance(name, str) for pair in value for name in pair):
+        raise TypeError("pairs of names expected")
+    return tuple((first, second) for first, second in value)
 
 
 # Record -> field -> what JSON cannot tell: a record, a tuple of records, or a function that restores the value.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.cluster.probe import Probe
+from launcher.cluster.probe import Probe, probed_port
 from launcher.cluster.resolve import Resolver
 from launcher.cluster.sockets import plain_address
 
@@ -78,7 +78,7 @@ class Guests:
         if self._probe is None or self._probe.done(now_s):
             self._silent = set() if self._probe is None else self._probe.silent
             known = {host: self._addresses(host)[0] for host in missing[:64] if self._addresses(host)}
-            self._probe = Probe(known, self._plan.leader_port, now_s)
+            self._probe = Probe(known, probed_port(self._plan.leader_port), now_s)
 
     def arrived(self, channel: Channel) -> Channel | None:
         """A connection came in. Returns the oldest that has to make room for it."""

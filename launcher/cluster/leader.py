@@ -12,8 +12,9 @@ from launcher.cluster.clock import ClockEstimate
 from launcher.cluster.facts import HostFacts, differences
 from launcher.cluster.guests import Guests
 from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S, PORTS
+from launcher.cluster.probe import probed_port
 from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError
-from launcher.evidence import ClockOffset, Evidence, ExitRecord, HostReport, LostHost, RankProgress, from_dict
+from launcher.evidence import ClockOffset, Evidence, HostReport, LostHost, whole_number
 from launcher.supervisor.coordinator import Coordinator
 from launcher.supervisor.group import Finish, Relayed, Stacks, Start, Stop, Sweep
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from launcher.cluster.options import ClusterPlan
     from launcher.cluster.wire import Channel
-    from launcher.evidence import Verdict
+    from launcher.evidence import ExitRecord, RankProgress, Verdict
     from launcher.supervisor.group import Order
 
 _CLOSE_S = 5.0
@@ -33,6 +34,8 @@ _PROBED_HOSTS = 32
 # Without a turn for this long, this process was stopped or starved: silence of others proves nothing.
 _SLEPT_S = 2.0
 _FIRST_PINGS = 4
+# Of one thing that another host has sent.
+_SHOWN_CHARACTERS = 300
 
 
 class _Member:
@@ -154,13 +157,16 @@ class Leader:
         for channel in list(self._channels.values()):
             channel.close("the job is over")
         self._epoll.close()
+        self._guests.tell_counts()
 
     def _drain(self, fd: int, channel: Channel, now_s: float) -> None:
         channel.flush()
         channel.read(now_s)  # nothing that is said now matters any more
         if channel.closed:
             self._channels.pop(fd, None)
-            self._members.pop(channel.host, None)
+            member = self._members.get(channel.host)
+            if member is not None and member.channel is channel:  # not one that only had the name
+                del self._members[channel.host]
         elif channel.wants_write() != (fd in self._writing):
             self._settle(fd, channel)
 
@@ -192,7 +198,7 @@ class Leader:
         self._start(attempt, hosts, line)
 
     def finish(self, verdict: Verdict) -> None:
-        self._guests.tell_counts()
+        verdict = messages.bounded(verdict)
         self._broadcast(messages.verdict_message(verdict))
         self._orders.append(Finish(verdict))
 
@@ -242,7 +248,7 @@ class Leader:
             (self._writing.add if channel.wants_write() else self._writing.discard)(fd)
             self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if channel.wants_write() else 0))
 
-    def _forget(self, fd: int, channel: Channel) -> None:
+    def _forget(self, fd: int, channel: Channel, silent: bool = False) -> None:
         self._channels.pop(fd, None)  # the kernel has taken a closed descriptor out of the epoll set
         self._writing.discard(fd)
         member = self._members.get(channel.host)
@@ -254,8 +260,9 @@ class Leader:
             self._say(f"{channel.host} has left: {channel.closed}")
         else:
             ended = channel.cause in ("eof", "reset")
-            how = "is lost: its launcher ended without a word" if ended else f"is unreachable: {channel.closed}"
-            self._lose(channel, how, silent=channel.cause == "unreachable")
+            silent = silent or channel.cause == "unreachable"
+            why = f"is {'unreachable' if silent else 'given up'}: {channel.closed}"
+            self._lose(channel, "is lost: its launcher ended without a word" if ended else why, silent)
 
     def _drop(self, channel: Channel, reason: str) -> None:
         fd = channel.fileno()
@@ -263,11 +270,17 @@ class Leader:
         self._forget(fd, channel)
 
     def _lose(self, channel: Channel, how: str, silent: bool) -> None:
-        first = sum(self._slots[: self._hosts.index(channel.host)]) if channel.host in self._hosts else 0
-        slots = self._slots[self._hosts.index(channel.host)] if channel.host in self._hosts else 0
         heard_ns = int(channel.heard_s * 1e9) if silent else time.monotonic_ns()
-        ranks = tuple(range(first, first + slots))
+        ranks = tuple(self._ranks(channel.host))
         self._coordinator.host_lost(LostHost(channel.host, how, heard_ns, silent, ranks))
+
+    def _ranks(self, host: str) -> range:
+        """Those of a host in the current attempt."""
+        if host not in self._hosts:
+            return range(0)
+        place = self._hosts.index(host)
+        first = sum(self._slots[:place])
+        return range(first, first + self._slots[place])
 
     def _send(self, channel: Channel, message: dict[str, Any] | bytes) -> None:
         fd = channel.fileno()
@@ -286,24 +299,31 @@ class Leader:
         member = self._members.get(channel.host)
         try:
             if member is None or member.channel is not channel:
-                self._take_hello(channel, message)
+                act = self._understand_hello(channel, message)
             else:
-                self._take_message(channel.host, member, message)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            channel.close(f"{channel.host} sent a message that is none: {type(error).__name__}: {error}")
+                act = self._understand(channel.host, member, message)
+        except (KeyError, TypeError, ValueError) as error:
+            channel.close(f"{channel.host} sent a message that is none: {str(error)[:_SHOWN_CHARACTERS]}")
+        else:
+            act()  # outside: a fault of ours is not the member's
 
-    def _take_hello(self, channel: Channel, message: dict[str, Any]) -> None:
+    def _understand_hello(self, channel: Channel, message: dict[str, Any]) -> Callable[[], None]:
         if message["kind"] != "hello":
-            raise ValueError(f"hello expected, not {message['kind']!r}")
-        host, slots = channel.host, int(message["slots"])
-        if not 0 <= slots < 1 << 16:
+            raise ValueError(f"hello expected, not {messages.shown(message['kind'])}")
+        slots = whole_number(message["slots"])
+        if not 0 < slots < 1 << 16:
             raise ValueError(f"{slots} slots")
+        facts = HostFacts.from_message(message["facts"], channel.host)
+        return lambda: self._take_hello(channel, slots, facts)
+
+    def _take_hello(self, channel: Channel, slots: int, facts: HostFacts) -> None:
+        host = channel.host
         unknown = self._guests.unknown(channel)
         if unknown or self._admit(host):
             self._send(channel, {"kind": "wait", "text": unknown or self._admit(host)})
             channel.close(unknown or self._admit(host))
             return
-        found = differences(self.plan.facts, HostFacts.from_message(message["facts"], host))
+        found = [line[:_SHOWN_CHARACTERS] for line in differences(self.plan.facts, facts)]
         if found and self.plan.peer_check != "off":
             text = f"{host} is not like {self.plan.host}: " + "; ".join(found)
             if self.plan.peer_check == "refuse":
@@ -318,43 +338,70 @@ class Leader:
         self._guests.joined(channel)
         self._ping(member)
 
-    def _take_message(self, host: str, member: _Member, message: dict[str, Any]) -> None:
-        kind = message["kind"]
+    def _understand(self, host: str, member: _Member, message: dict[str, Any]) -> Callable[[], None]:
+        """What a member's message asks for; nothing is done yet.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no message that this member may send now.
+        """
+        kind, coordinator = message["kind"], self._coordinator
         if kind == "pong":
-            member.clock.add(int(message["sent"]), int(message["member_ns"]), time.monotonic_ns())
-            clock = ClockOffset(host, member.clock.offset_ns, member.clock.uncertainty_ns)
-            self._coordinator.clocks[host] = clock
-            if member.pings < _FIRST_PINGS:
-                self._ping(member)
-        elif kind == "ended":
-            record: ExitRecord = from_dict(ExitRecord, message["record"])
-            self._coordinator.rank_ended(host, record)
-        elif kind == "stopping":
-            if not self._hosts:
-                stopped = StoppedError(int(message["number"]))
-                self.failed(stopped)
-                raise stopped
-            self._coordinator.stopping(host, int(message["number"]), bool(message["forced"]))
-        elif kind == "quiet":
-            self._coordinator.quiet(host, bool(message["still"]))
-        elif kind == "stacked":
-            progress = tuple(from_dict(RankProgress, rank) for rank in message["progress"])
-            self._note_cut(host, message["cut"])
-            self._coordinator.stacked(host, progress)
-        elif kind == "over":
-            report, cut = messages.read_report(message)
-            if report.host != host:
-                raise ValueError(f"a report of {report.host}")
+            sent, member_ns = whole_number(message["sent"]), whole_number(message["member_ns"])
+            return lambda: self._take_pong(host, member, sent, member_ns)
+        if kind == "stopping":
+            number, forced = messages.read_stop(message)
+            return lambda: self._take_stop(host, number, forced)
+        if kind == "failed":
+            error = messages.read_abort(message)
+            return lambda: self._take_failure(host, error)
+        if kind not in ("ended", "quiet", "stacked", "over", "trouble", "relay"):
+            raise ValueError(f"unknown kind {messages.shown(kind)}")
+        if not self._hosts:
+            raise ValueError(f"{kind} before the start")
+        if kind == "trouble":
+            reason = str(message["reason"])[:_SHOWN_CHARACTERS]
+            return lambda: coordinator.trouble(host, reason)
+        if kind == "relay":
+            relayed = Relayed(host, dict(message["message"]))
+            return lambda: self._orders.append(relayed)
+        ranks = range(sum(self._slots))  # which of them are this host's, mpirun may have been told otherwise
+        if kind == "ended":
+            record = messages.read_record(message, host, ranks)
+            return lambda: coordinator.rank_ended(host, record)
+        if kind == "quiet":
+            still = message["still"]
+            if type(still) is not bool:
+                raise TypeError(f"still is {messages.shown(still)}")
+            return lambda: coordinator.quiet(host, still)
+        cut = messages.read_cut(message)
+        if kind == "stacked":
+            progress = messages.read_progress(message, ranks)
+
+            def take_stacks() -> None:
+                self._note_cut(host, cut)
+                coordinator.stacked(host, progress)
+
+            return take_stacks
+        report = messages.read_report(message, host, coordinator.attempt, ranks)
+
+        def take_report() -> None:
             self._note_cut(host, cut)
             self._over(report)
-        elif kind == "trouble":
-            self._coordinator.trouble(host, str(message["reason"]))
-        elif kind == "relay":
-            self._orders.append(Relayed(host, dict(message["message"])))
-        elif kind == "failed":
-            self._take_failure(host, messages.read_abort(message))
-        else:
-            raise ValueError(f"unknown kind {kind!r}")
+
+        return take_report
+
+    def _take_pong(self, host: str, member: _Member, sent_ns: int, member_ns: int) -> None:
+        member.clock.add(sent_ns, member_ns, time.monotonic_ns())
+        self._coordinator.clocks[host] = ClockOffset(host, member.clock.offset_ns, member.clock.uncertainty_ns)
+        if member.pings < _FIRST_PINGS:
+            self._ping(member)
+
+    def _take_stop(self, host: str, number: int, forced: bool) -> None:
+        if not self._hosts:
+            stopped = StoppedError(number)
+            self.failed(stopped)
+            raise stopped
+        self._coordinator.stopping(host, number, forced)
 
     def _over(self, report: HostReport) -> None:
         self._coordinator.attempt_over(report)
@@ -429,7 +476,7 @@ class Leader:
                 "store": store_port,
                 "line": line,
                 "peers": peers if asked else {},
-                "peer_port": self.plan.leader_port + PORTS,  # nothing listens there, and "refused" is an answer
+                "peer_port": probed_port(self.plan.leader_port),
             }
         )
         address = self.plan.master_address or own
@@ -452,10 +499,7 @@ class Leader:
             if silent_s >= self.plan.host_timeout_s:
                 fd, channel = member.channel.fileno(), member.channel
                 channel.close(f"nothing was heard of it for {silent_s:.1f} s")
-                del self._members[host]
-                self._forget(fd, channel)
-                if self._hosts:
-                    self._lose(channel, f"is unreachable: {channel.closed}", silent=True)
+                self._forget(fd, channel, silent=True)
                 continue
             if member.late != (silent_s > LATE_S):
                 member.late = not member.late
@@ -482,11 +526,11 @@ class Leader:
 
     # ---- which hosts reach each other
 
-    def _note_cut(self, host: str, cut: Sequence[Any]) -> None:
-        member, now_cut = self._members[host], tuple(str(other) for other in cut)
-        if now_cut == member.cut:
+    def _note_cut(self, host: str, cut: tuple[str, ...]) -> None:
+        member = self._members[host]
+        if cut == member.cut:
             return
-        member.cut = now_cut
+        member.cut = cut
         pairs = {
             tuple(sorted((one, other), key=self._hosts.index))
             for one, member in self._members.items()

@@ -56,6 +56,8 @@ class Member:
         self._writing = False
         self._told = ""  # why the leader does not let this host in yet
         self._try = 0
+        self._ports = min(PORTS, (1 << 16) - plan.leader_port)
+        self._trying = ""  # address and port of the last try
         self._retry_wait_s = _FIRST_RETRY_S
         self._why = "its name is being resolved"
         self._heard_why = False  # in this round over the ports: from a leader, not from the kernel
@@ -164,9 +166,12 @@ class Member:
 
     def close(self) -> None:
         deadline_s = time.monotonic() + _CLOSE_S
-        while self._channel is not None and self._channel.wants_write() and time.monotonic() < deadline_s:
-            self._epoll.poll(max(0.0, deadline_s - time.monotonic()))
-            self._channel.flush()
+        if self._channel is not None and self._channel.fileno() >= 0:
+            poller = select.poll()  # for writing alone: what comes in is not read any more
+            poller.register(self._channel.fileno(), select.POLLOUT)
+            while self._channel.wants_write() and (left_s := deadline_s - time.monotonic()) > 0:
+                poller.poll(left_s * 1000)
+                self._channel.flush()
         if self._channel is not None:
             self._channel.close("the job is over here")
         if self._connecting is not None:
@@ -209,7 +214,7 @@ class Member:
             self._channel.on_time(now_s)
             self._settle(now_s)
         if now_s >= self._give_up_s and self._connecting is not None:
-            self._failed_try(now_s, f"{self._addresses[0]} does not answer")
+            self._failed_try(now_s, f"{self._trying} does not answer")
         if not self._busy() and now_s >= self._next_try_s:
             self._begin(now_s)
         if self._ready:
@@ -234,11 +239,12 @@ class Member:
             self._next_try_s = now_s + self._wait_longer()
             return
         # Every address, and for each the ports that the leader may have taken.
-        turn, port = divmod(self._try, PORTS)
+        turn, number = divmod(self._try, self._ports)
         self._try += 1
-        address = self._addresses[turn % len(self._addresses)]
+        address, port = self._addresses[turn % len(self._addresses)], self.plan.leader_port + number
+        self._trying = f"{address} port {port}"  # the addresses may be others by the time that it fails
         try:
-            self._connecting = begin_connect(address, self.plan.leader_port + port, self._source)
+            self._connecting = begin_connect(address, port, self._source)
         except ClusterError as error:
             self._failed_try(now_s, str(error))
             return
@@ -250,8 +256,8 @@ class Member:
         assert sock is not None
         problem = connect_error(sock)
         if problem:
-            where = f"{self._addresses[0]} port {self.plan.leader_port}"
-            self._failed_try(now_s, f"{where}: {problem} (its launcher is not up yet, or another port is its own)")
+            why = f"{self._trying}: {problem} (its launcher is not up yet, or another port is its own)"
+            self._failed_try(now_s, why)
             return
         self._epoll.unregister(sock.fileno())
         self._connecting = None
@@ -273,7 +279,7 @@ class Member:
         self._give_up_s = float("inf")
         # The next port at once; a pause after all of them, and the name once more: it may have changed.
         self._next_try_s = now_s
-        if self._try % PORTS == 0:
+        if self._try % self._ports == 0:
             self._heard_why = False
             self._resolver.ask([self._leader])
             self._next_try_s = now_s + self._wait_longer()
@@ -295,7 +301,7 @@ class Member:
                 self._greet(channel)
             try:
                 for message in found:
-                    self._take(message)
+                    self._take(channel, message)
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 channel.close(f"the leader sent a message that is none: {type(error).__name__}: {error}")
         self._settle(now_s)
@@ -335,10 +341,11 @@ class Member:
 
     # ---- what the leader says
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _take(self, channel: Channel, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "ping":
-            self._send({"kind": "pong", "sent": message["sent"], "member_ns": time.monotonic_ns()})
+            # Not _send(): when the connection has ended after this, what was said before that comes first.
+            channel.send({"kind": "pong", "sent": int(message["sent"]), "member_ns": time.monotonic_ns()})
         elif kind == "start":
             self._take_start(message)
         elif kind == "stop":

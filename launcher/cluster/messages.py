@@ -12,7 +12,7 @@ leader -> member   start attempt without slots address port store line peers pee
 from __future__ import annotations
 
 from launcher import errors
-from launcher.evidence import ExitRecord, HostReport, Verdict, from_dict
+from launcher.evidence import EXIT, SIGNAL, ExitRecord, HostReport, RankProgress, Verdict, from_dict, whole_number
 from launcher.record import as_dict, replace
 
 TYPE_CHECKING = False
@@ -25,20 +25,91 @@ if TYPE_CHECKING:
 # A rank's own words in a message. What the failure file shows of them is less.
 _TEXT_CHARACTERS = 16 << 10
 _TAIL_CHARACTERS = 4 << 10
+_NAME_CHARACTERS = 1 << 10
+# A character takes six bytes in JSON at worst, and a frame has 4 MiB: of the ranks of a host that failed of themselves,
+# only the first ones are told with all that they have said.
+_WHOLE_RECORDS = 8
+_SHORT_CHARACTERS = 300
 # Victims of one kind are told by number beyond this many.
 _VICTIMS = 64
+_STOP_SIGNALS = (1, 2, 3, 15)  # what a supervisor passes on: HUP, INT, QUIT, TERM
+_LAST_SIGNAL = 64
 
 
 def report_message(report: HostReport, cut: Sequence[str]) -> Message:
     """A host's report; ``cut``: hosts that it could not reach. Ranks that were only stopped are told in brief."""
-    records = tuple(map(_short, report.records))
+    first = sorted((record for record in report.records if _of_itself(record)), key=lambda record: record.failed_ns)
+    whole = {record.rank for record in first[:_WHOLE_RECORDS]}
+    records = tuple(_cut(record) if record.rank in whole else _short(record) for record in report.records)
     return {"kind": "over", "report": as_dict(replace(report, records=records)), "cut": list(cut)}
 
 
-def read_report(message: Message) -> tuple[HostReport, tuple[str, ...]]:
-    """Raises TypeError, ValueError or KeyError for what is no report."""
+def read_report(message: Message, host: str, attempt: int, ranks: range) -> HostReport:
+    """The report of ``host``, which has ``ranks``. Raises TypeError, ValueError or KeyError for what is none."""
     report: HostReport = from_dict(HostReport, message["report"])
-    return report, tuple(str(host) for host in message["cut"])
+    evidence = report.evidence
+    if report.host != host or report.attempt != attempt:
+        raise ValueError(f"a report of another host or attempt than {host}, {attempt}")
+    if len({_check_record(record, host, ranks).rank for record in report.records}) != len(report.records):
+        raise ValueError("a rank ended twice")
+    if not (0 <= evidence.stop_signal <= _LAST_SIGNAL and 0 <= evidence.aborted_code <= 255):
+        raise ValueError("no signal, or no exit code")
+    _failure_code(evidence.launcher_code)
+    return replace(report, evidence=replace(evidence, launcher_error=evidence.launcher_error[:_TEXT_CHARACTERS]))
+
+
+def read_record(message: Message, host: str, ranks: range) -> ExitRecord:
+    """The end of one of the ``ranks`` of ``host``. Raises TypeError, ValueError or KeyError for what is none."""
+    return _check_record(from_dict(ExitRecord, message["record"]), host, ranks)
+
+
+def read_progress(message: Message, ranks: range) -> tuple[RankProgress, ...]:
+    """Where some of ``ranks`` stand. Raises TypeError, ValueError or KeyError for what says nothing of that."""
+    if not isinstance(message["progress"], list):
+        raise TypeError("progress is no list")
+    progress: tuple[RankProgress, ...] = tuple(from_dict(RankProgress, rank) for rank in message["progress"])
+    if any(rank.rank not in ranks for rank in progress):
+        raise ValueError("the progress of another host's rank")
+    return progress
+
+
+def read_cut(message: Message) -> tuple[str, ...]:
+    """Hosts that a host could not reach. Raises TypeError or KeyError for what are none."""
+    cut = message["cut"]
+    if not isinstance(cut, list) or not all(isinstance(host, str) for host in cut):
+        raise TypeError("no list of hosts")
+    return tuple(cut)
+
+
+def read_stop(message: Message) -> tuple[int, bool]:
+    """A signal and whether it is the second one. Raises TypeError, ValueError or KeyError for what is none."""
+    number, forced = message["number"], message["forced"]
+    if type(number) is not int or type(forced) is not bool:
+        raise TypeError("no signal")
+    if number not in _STOP_SIGNALS:
+        raise ValueError("no signal that stops a job")
+    return number, forced
+
+
+def shown(value: object) -> str:
+    """What another host sent, for people, in few characters."""
+    return repr(value[:40]) if isinstance(value, str) else type(value).__name__
+
+
+def _check_record(record: ExitRecord, host: str, ranks: range) -> ExitRecord:
+    if record.host != host or record.rank not in ranks:
+        raise ValueError(f"the end of a rank that is not one of {host}")
+    first, last = (1, _LAST_SIGNAL) if record.how == SIGNAL else (0, 255)
+    if record.how not in (EXIT, SIGNAL) or not first <= record.value <= last:
+        raise ValueError("an end that is neither an exit code nor a signal")
+    return record
+
+
+def _failure_code(value: object) -> int:
+    code = whole_number(value)
+    if not 0 < code <= 255:
+        raise ValueError("no exit code of a failure")
+    return code
 
 
 def record_message(record: ExitRecord) -> Message:
@@ -46,14 +117,18 @@ def record_message(record: ExitRecord) -> Message:
     return {"kind": "ended", "record": as_dict(_brief(record))}
 
 
+def bounded(verdict: Verdict) -> Verdict:
+    """``verdict`` with a text that every host can be told, so that all write the same."""
+    return replace(verdict, text=verdict.text[: 4 * _TEXT_CHARACTERS])
+
+
 def verdict_message(verdict: Verdict) -> Message:
-    """The verdict without what each host knows of its own ranks: it goes to every host."""
+    """A :func:`bounded` verdict without what each host knows of its own ranks: it goes to every host."""
     culprit = _cut(verdict.culprit) if verdict.culprit is not None else None
     victims = dict(list(verdict.victims.items())[:_VICTIMS])
     evidence = replace(verdict.evidence, clocks=verdict.evidence.clocks[:_VICTIMS], memory_trends={}, lost_children=())
     brief = replace(
         verdict,
-        text=verdict.text[: 4 * _TEXT_CHARACTERS],
         culprit=culprit,
         victims=victims,
         records=(),
@@ -74,8 +149,11 @@ def abort_message(error: errors.LauncherError) -> Message:
 
 
 def read_abort(message: Message) -> errors.LauncherError:
-    """The error that :func:`abort_message` was made of."""
-    text, code = str(message["text"]), int(message["code"])
+    """The error that :func:`abort_message` was made of. Raises TypeError, ValueError or KeyError for what is none."""
+    text, code = message["text"], _failure_code(message["code"])
+    if not isinstance(text, str):
+        raise TypeError("no text")
+    text = text[:_TEXT_CHARACTERS]
     if code == errors.EXIT_REFUSED:
         return errors.RefusedError(text)
     if code > 128:
@@ -107,19 +185,39 @@ def unpack_slots(runs: Sequence[Sequence[int]], count: int) -> tuple[int, ...]:
     return tuple(int(run[1]) for run in runs for _ in range(run[0]))
 
 
+def _of_itself(record: ExitRecord) -> bool:
+    return record.failed and not record.told_first
+
+
 def _short(record: ExitRecord) -> ExitRecord:
-    return _brief(record) if record.told_first or not record.failed else _cut(record)
+    brief = _brief(record)
+    # What tells that it only lost a peer may stand there.
+    return replace(brief, stderr_tail=record.stderr_tail[-_SHORT_CHARACTERS:]) if _of_itself(record) else brief
 
 
 def _brief(record: ExitRecord) -> ExitRecord:
-    return replace(record, message=record.message[:300], traceback="", stdout_tail="", stderr_tail="", note="")
+    return replace(
+        record,
+        message=record.message[:_SHORT_CHARACTERS],
+        where="",
+        traceback="",
+        thread=record.thread[:_SHORT_CHARACTERS],
+        stdout_tail="",
+        stderr_tail="",
+        error_file="",
+        note="",
+    )
 
 
 def _cut(record: ExitRecord) -> ExitRecord:
     return replace(
         record,
         message=record.message[:_TEXT_CHARACTERS],
+        where=record.where[:_NAME_CHARACTERS],
         traceback=record.traceback[-_TEXT_CHARACTERS:],
+        thread=record.thread[:_NAME_CHARACTERS],
         stdout_tail=record.stdout_tail[-_TAIL_CHARACTERS:],
         stderr_tail=record.stderr_tail[-_TAIL_CHARACTERS:],
+        error_file=record.error_file[:_NAME_CHARACTERS],
+        note=record.note[:_NAME_CHARACTERS],
     )

@@ -6,6 +6,7 @@ import errno
 import select
 import socket
 
+from launcher.cluster.options import PORTS
 from launcher.cluster.sockets import begin_connect
 from launcher.errors import ClusterError
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 LIMIT_S = 1.5
 _ANSWERS = (0, errno.ECONNREFUSED, errno.ECONNRESET)
+
+
+def probed_port(leader_port: int) -> int:
+    """A port beside those that a leader takes: nothing listens there, and on a shared address not the leader itself."""
+    return leader_port + PORTS if leader_port + PORTS < 1 << 16 else leader_port - 1
 
 
 class Probe:

@@ -70,6 +70,7 @@ class Coordinator:
         self.hosts = hosts
         self.reports: dict[str, HostReport] = {}
         self.lost: dict[str, LostHost] = {}
+        self._left: dict[str, LostHost] = {}  # after their report
         self._at_work = set(hosts)  # neither reported nor lost
         self.ended: dict[int, ExitRecord] = {}
         self.cut_links = ()
@@ -134,7 +135,8 @@ class Coordinator:
         if self._finished or lost.host in self.lost or lost.host not in self.hosts:
             return
         if lost.host in self.reports:
-            return  # its part was over, and told
+            self._left[lost.host] = lost  # its part was over, and told; but for another attempt it is missing
+            return
         self.lost[lost.host] = lost
         self._at_work.discard(lost.host)
         self._stop(_SIGTERM, f"{lost.host} {lost.how}: stopping all ranks")
@@ -169,6 +171,7 @@ class Coordinator:
         if self._at_work:
             return
         verdict = self._judge()
+        self.lost.update(self._left)
         line = self._restart_line(verdict)
         if line is None:
             self._finished = True
@@ -190,8 +193,12 @@ class Coordinator:
         ]
         if not reports:
             raise AssertionError("an attempt cannot end without the report of the coordinator's own host")
+        known = together(reports)
         evidence = replace(
-            together(reports),
+            known,
+            # A host that was done already when it was told has it in no report.
+            stop_signal=known.stop_signal or self._stop_signal,
+            forced=known.forced or self._forced,
             hang=self._hang,
             hang_rank=self._hang_rank,
             lost_hosts=tuple(self.lost.values()),
