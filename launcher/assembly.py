@@ -127,7 +127,17 @@ def group_of(
         return Alone(policy, spec.entry.name, start)
     from launcher.joining import join
 
-    return join(spec, policy, len(topology.local), prepared.grace_failure_s, environ, reserve, open_store, say)
+    return join(
+        spec,
+        policy,
+        len(topology.local),
+        prepared.grace_failure_s,
+        environ,
+        reserve,
+        open_store,
+        say,
+        free_layout=prepared.mpi is not None,
+    )
 
 
 def host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostPlan:
@@ -143,7 +153,7 @@ def host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostPl
         grace_stop_s=prepared.grace_stop_s,
         hang_timeout_s=spec["hang_timeout"],
         early_exit=spec["early_exit"],
-        preload=spec["preload"] if prepared.mpi is None else "",  # a rank is mpirun's to start, and no fork of ours
+        preload=spec["preload"],
         mpi=(lambda start: _mpi_plan(prepared, start)) if prepared.mpi is not None else None,
         written_directories=(prepared.run_dir, spec.container.paths.output_dir, spec.container.paths.model_dir),
         deadline_file=prepared.environ["LAUNCHER_STOP_DEADLINE"],

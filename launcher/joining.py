@@ -29,6 +29,8 @@ def join(
     reserve: Callable[[], int],
     open_store: Callable[[str, Iterable[str]], int],
     say: Callable[[str], None],
+    *,
+    free_layout: bool,
 ) -> Group:
     """This host's end of the group: the leader's on the first host, else a member's.
 
@@ -38,6 +40,7 @@ def join(
         environ: may hold the job's secret.
         reserve: gives a MASTER_PORT that is free on this host, should it lead.
         open_store: as of :class:`ClusterPlan`.
+        free_layout: as of :class:`ClusterPlan`.
 
     Raises:
         UsageError: the secret cannot be had.
@@ -68,6 +71,7 @@ def join(
         open_store=open_store,
         policy=policy,
         enough=policy.min_hosts,
+        free_layout=free_layout,
         meet_again_s=spec["host_timeout"] + grace_s + _MARGIN_S,
     )
     say(f"{len(found.hosts)} hosts from {found.source}; this is {found.host}")

@@ -41,8 +41,14 @@ def prepare(spec: JobSpec, leads: bool, environ: Mapping[str, str]) -> MpiJob:
     """Finds mpirun (on the first host) and reads the user's options for it.
 
     Raises:
-        UsageError: there is no mpirun, or an option is not for the user to set.
+        UsageError: there is no mpirun, the hosts are simulated, or an option is not for the user to set.
     """
+    addresses = spec.hosts.addresses
+    if len(spec.hosts.hosts) > 1 and all(addresses.get(host, "").startswith("127.") for host in spec.hosts.hosts):
+        raise UsageError(
+            "hosts on one machine (simulate) cannot run an MPI job: MPI tells hosts apart by the name of the machine, "
+            "and waits for ever when two have the same; use one host, or real ones"
+        )
     custom = engine.parse_options(spec["mpi_options"])
     agent = os.path.join(os.path.dirname(executable()), "_agent")
     if not os.access(agent, os.X_OK):
@@ -53,6 +59,19 @@ def prepare(spec: JobSpec, leads: bool, environ: Mapping[str, str]) -> MpiJob:
 
 def _find(job: MpiJob, environ: Mapping[str, str]) -> engine.Mpirun:
     return engine.ask_version(engine.find_mpirun(job.option, job.python, environ.get("PATH", os.defpath)))
+
+
+def command_of(job: MpiJob, mpirun: engine.Mpirun, start: Start, interface: str) -> list[str]:
+    """mpirun's command line for an attempt; ``interface`` as of :func:`plan`."""
+    return engine.command_of(
+        mpirun,
+        start.hosts,
+        start.slots,
+        agent=job.agent,
+        interface=interface if len(start.hosts) > 1 else "",
+        custom=job.custom,
+        as_root=os.geteuid() == 0,
+    )
 
 
 def plan(
@@ -82,18 +101,8 @@ def plan(
         adopted = engine.launch_for(launch, who, agent, daemon, job.custom, program)
         return adopted if who.rank == launch.rank else replace(adopted, prefix=prefix(adopted))
 
-    command: list[str] = []
     mpirun = (job.mpirun or _find(job, environ)) if host == start.hosts[0] else None
-    if mpirun is not None:
-        command = engine.command_of(
-            mpirun,
-            start.hosts,
-            start.slots,
-            agent=job.agent,
-            interface=interface if len(start.hosts) > 1 else "",
-            custom=job.custom,
-            as_root=os.geteuid() == 0,
-        )
+    command = command_of(job, mpirun, start, interface) if mpirun is not None else []
     # Their session directories go with the run's; they leave them behind when they are killed.
     scratch = os.path.join(run_dir, "mpi")
     os.makedirs(scratch, mode=0o700, exist_ok=True)

@@ -54,6 +54,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
             "address": prepared.rendezvous.address,
             "port": prepared.rendezvous.port or "a free one, chosen at the start",
         },
+        "mpirun": _mpirun(prepared),
         "grace": {"after_failure_s": prepared.grace_failure_s, "on_stop_s": prepared.grace_stop_s},
         "run_directory": prepared.run_dir,
         "environment": contract.mask_secrets(shared),
@@ -72,6 +73,15 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def _mpirun(prepared: Prepared) -> list[str]:
+    """mpirun's command line, as far as it is known before the hosts have met; [] where none is started."""
+    if prepared.mpi is None or prepared.mpi.mpirun is None:
+        return []
+    from launcher.mpi_plan import command_of
+
+    return command_of(prepared.mpi, prepared.mpi.mpirun, first_start(prepared), prepared.spec["interface"])
+
+
 def as_json(prepared: Prepared) -> str:
     """The plan as one JSON object."""
     return json.dumps(describe(prepared), indent=2, default=str)
@@ -86,6 +96,8 @@ def as_table(prepared: Prepared) -> str:
     )
     lines.append(f"  run directory   {plan['run_directory']}")
     lines.append(f"  rendezvous      {plan['rendezvous']['address']}:{plan['rendezvous']['port']}")
+    if plan["mpirun"]:
+        lines.append(f"  mpirun          {' '.join(plan['mpirun'])}")
     hosts, topology = plan["hosts"], prepared.topology
     lines.append(f"  hosts           {', '.join(topology.hosts)} (this is {topology.host}; from {hosts['source']})")
     if len(topology.hosts) > 1:

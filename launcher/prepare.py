@@ -73,6 +73,8 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
     if spec["engine"] == "mpi" or horovod == "mpi" or by_platform:
         from launcher import mpi_plan
 
+        if spec["preload"]:
+            raise UsageError("--preload does not go with MPI: a rank is mpirun's to start, and no fork of the launcher")
         mpi = mpi_plan.prepare(spec, hosts.host_rank == 0, environ)
         slots = mpi_plan.limit_slots(slots, spec["mpi_processes"])
     ranks = slots[hosts.host_rank]

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 # FailureReason of the platform shows this many characters of output/failure.
 HEAD_CHARACTERS = 1024
 _TAIL_LINES = 20
-_SHOWN_VICTIMS = 64
+# Of many victims, the text and what other hosts are told name the first ones.
+SHOWN_VICTIMS = 64
+_SHOWN_NUMBERS = 16
 # A host's heartbeat comes once a second: when it was last heard is known that well.
 _HEARTBEAT_NS = 1_000_000_000
 
@@ -116,8 +118,12 @@ def _lost_first(evidence: Evidence, culprit: ExitRecord | None) -> LostHost | No
 
 
 def _loss(lost: LostHost) -> str:
-    ranks = f" (rank {', '.join(map(str, lost.ranks[:16]))}{', ...' if len(lost.ranks) > 16 else ''})"
-    return f"{lost.host}{ranks if lost.ranks else ''} {lost.how}"
+    return f"{lost.host}{f' (rank {_numbers(lost.ranks)})' if lost.ranks else ''} {lost.how}"
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    """Ranks in one line, the first ones of many."""
+    return ", ".join(map(str, ranks[:_SHOWN_NUMBERS])) + (", ..." if len(ranks) > _SHOWN_NUMBERS else "")
 
 
 def _victims(records: Sequence[ExitRecord]) -> dict[int, str]:
@@ -170,7 +176,7 @@ def _stopped(records: tuple[ExitRecord, ...], victims: dict[int, str], evidence:
     headline = f"stopped by {name}"
     if late:
         when = "by a second signal" if evidence.forced else "at the end of the grace period"
-        headline += f"; killed {when}: rank {', '.join(map(str, late))}"
+        headline += f"; killed {when}: rank {_numbers(late)}"
     return _finish("stopped", 128 + evidence.stop_signal, headline, None, victims, records, evidence, program)
 
 
@@ -308,12 +314,12 @@ def _text(
             body += ["", f"last lines of stdout of rank {culprit.rank}:", *out] if out else []
     said = {record.rank: record.message for record in records}
     shown = sorted(victims.items())
-    for rank, why in shown[:_SHOWN_VICTIMS]:
+    for rank, why in shown[:SHOWN_VICTIMS]:
         message = said.get(rank, "")
         first = f": {message.splitlines()[0][:200]}" if message else ""
         body.append(f"rank {rank}: {why}{first}")
-    if len(shown) > _SHOWN_VICTIMS:
-        body.append(f"and {len(shown) - _SHOWN_VICTIMS} more ranks alike")
+    if len(shown) > SHOWN_VICTIMS:
+        body.append(f"and {len(shown) - SHOWN_VICTIMS} more ranks alike")
     return _fit(head, culprit) + "\n".join(body).rstrip() + "\n"
 
 

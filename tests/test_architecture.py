@@ -139,6 +139,7 @@ ALLOWED: dict[str, set[str]] = {
         "launcher.assembly",
         "launcher.container",
         "launcher.hosts",
+        "launcher.mpi_plan",
         "launcher.prepare",
         "launcher.record",
     },

@@ -364,7 +364,7 @@ class Leader:
         if kind == "relay":
             relayed = Relayed(host, dict(message["message"]))
             return lambda: self._orders.append(relayed)
-        ranks = range(sum(self._slots))  # which of them are this host's, mpirun may have been told otherwise
+        ranks = range(sum(self._slots)) if self.plan.free_layout else self._ranks(host)
         if kind == "ended":
             record = messages.read_record(message, host, ranks)
             return lambda: coordinator.rank_ended(host, record)
@@ -391,8 +391,11 @@ class Leader:
         return take_report
 
     def _take_pong(self, host: str, member: _Member, sent_ns: int, member_ns: int) -> None:
-        member.clock.add(sent_ns, member_ns, time.monotonic_ns())
-        self._coordinator.clocks[host] = ClockOffset(host, member.clock.offset_ns, member.clock.uncertainty_ns)
+        clock = member.clock
+        before = clock.offset_ns, clock.uncertainty_ns
+        clock.add(sent_ns, member_ns, time.monotonic_ns())
+        if (clock.offset_ns, clock.uncertainty_ns) != before:
+            self._coordinator.clocks[host] = ClockOffset(host, clock.offset_ns, clock.uncertainty_ns)
         if member.pings < _FIRST_PINGS:
             self._ping(member)
 

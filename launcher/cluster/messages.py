@@ -14,6 +14,7 @@ from __future__ import annotations
 from launcher import errors
 from launcher.evidence import EXIT, SIGNAL, ExitRecord, HostReport, RankProgress, Verdict, from_dict, whole_number
 from launcher.record import as_dict, replace
+from launcher.verdict import SHOWN_VICTIMS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ _NAME_CHARACTERS = 1 << 10
 # only the first ones are told with all that they have said.
 _WHOLE_RECORDS = 8
 _SHORT_CHARACTERS = 300
-# Victims of one kind are told by number beyond this many.
-_VICTIMS = 64
 _STOP_SIGNALS = (1, 2, 3, 15)  # what a supervisor passes on: HUP, INT, QUIT, TERM
 _LAST_SIGNAL = 64
 
@@ -125,8 +124,10 @@ def bounded(verdict: Verdict) -> Verdict:
 def verdict_message(verdict: Verdict) -> Message:
     """A :func:`bounded` verdict without what each host knows of its own ranks: it goes to every host."""
     culprit = _cut(verdict.culprit) if verdict.culprit is not None else None
-    victims = dict(list(verdict.victims.items())[:_VICTIMS])
-    evidence = replace(verdict.evidence, clocks=verdict.evidence.clocks[:_VICTIMS], memory_trends={}, lost_children=())
+    victims = dict(list(verdict.victims.items())[:SHOWN_VICTIMS])
+    evidence = replace(
+        verdict.evidence, clocks=verdict.evidence.clocks[:SHOWN_VICTIMS], memory_trends={}, lost_children=()
+    )
     brief = replace(
         verdict,
         culprit=culprit,

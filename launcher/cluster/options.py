@@ -42,6 +42,7 @@ class ClusterPlan(Record):
             attempt meet, should this host lead; 0 when they need none.
         enough: with how many hosts to begin when others do not come in time.
         meet_again_s: what the hosts that are left need to stop their ranks and meet without their leader.
+        free_layout: which ranks are on which host is not for the launchers to say, but for mpirun.
         because: why these hosts meet again, if they do; "" at first.
     """
 
@@ -63,5 +64,6 @@ class ClusterPlan(Record):
     policy: Policy
     enough: int
     meet_again_s: float
+    free_layout: bool = False
     because: str = ""
     open_store: Callable[[str, Iterable[str]], int] = no_store

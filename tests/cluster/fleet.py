@@ -76,6 +76,7 @@ class Fleet:
         secret: str = SECRET,
         leader: str = "",
         script_args: Sequence[str] = (),
+        wrapper: tuple[str, ...] = (),
     ) -> Any:
         """Starts a host's launcher. ``leader``: the address at which it believes the first host to be."""
         addresses = {**self.addresses, **({self.names[0]: leader} if leader else {})}
@@ -87,6 +88,7 @@ class Fleet:
             self.script_path,
             self.go,
             *script_args,
+            wrapper=wrapper,
             env={"LAUNCHER_SECRET": secret} if secret else None,
         )
 
