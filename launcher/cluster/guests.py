@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from launcher.cluster.resolve import Resolved
     from launcher.cluster.wire import Channel
 
-# Connections that have proven nothing, beyond one for each host that is still expected.
-_UNPROVEN = 256
+MISSING_ASKED = 64  # missing hosts that are looked for at a time
 _ASK_AGAIN_S = 2.0
 _NAMED = 8
 
@@ -35,8 +34,9 @@ _WORDS = {
 class Guests:
     """The leader's book of strangers. Where there is no secret, it also tells the hosts' addresses from others."""
 
-    def __init__(self, plan: ClusterPlan, say: Callable[[str], None]) -> None:
-        self._plan, self._say = plan, say
+    def __init__(self, plan: ClusterPlan, unproven: int, say: Callable[[str], None]) -> None:
+        """``unproven``: how many connections that prove nothing there may be."""
+        self._plan, self._most, self._say = plan, unproven, say
         self._unproven: dict[Channel, None] = {}  # oldest first
         self._counts: dict[str, int] = {}
         self._found: dict[str, Resolved] = {}
@@ -74,16 +74,16 @@ class Guests:
             return
         if self._resolver is None:
             self._resolver = Resolver((), self._plan.addresses)
-        self._resolver.ask(host for host in missing[:64] if not self._addresses(host))
+        self._resolver.ask(host for host in missing[:MISSING_ASKED] if not self._addresses(host))
         if self._probe is None or self._probe.done(now_s):
             self._silent = set() if self._probe is None else self._probe.silent
-            known = {host: self._addresses(host)[0] for host in missing[:64] if self._addresses(host)}
+            known = {host: self._addresses(host)[0] for host in missing[:MISSING_ASKED] if self._addresses(host)}
             self._probe = Probe(known, probed_port(self._plan.leader_port), now_s)
 
     def arrived(self, channel: Channel) -> Channel | None:
         """A connection came in. Returns the oldest that has to make room for it."""
         self._unproven[channel] = None
-        if len(self._unproven) <= _UNPROVEN + len(self._plan.hosts):
+        if len(self._unproven) <= self._most:
             return None
         return next(iter(self._unproven))
 

@@ -10,7 +10,7 @@ import time
 from launcher.cluster import messages, wire
 from launcher.cluster.clock import ClockEstimate
 from launcher.cluster.facts import HostFacts, differences
-from launcher.cluster.guests import Guests
+from launcher.cluster.guests import MISSING_ASKED, Guests
 from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S, PORTS
 from launcher.cluster.probe import probed_port
 from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError
@@ -34,6 +34,9 @@ _PROBED_HOSTS = 32
 # Without a turn for this long, this process was stopped or starved: silence of others proves nothing.
 _SLEPT_S = 2.0
 _FIRST_PINGS = 4
+# Connections that have proven nothing, beyond one for each host that is still expected; fewer where files are few.
+_UNPROVEN, _FEWEST_UNPROVEN = 256, 16
+_OPEN_FILES = 40
 # Of one thing that another host has sent.
 _SHOWN_CHARACTERS = 300
 
@@ -64,16 +67,17 @@ class Leader:
         self._names = frozenset(plan.hosts)
         self._first_attempt = attempt
         self._stopped: StoppedError | None = None
-        _allow_connections(len(plan.hosts))
+        unproven = _allow_connections(len(plan.hosts))
         self._listener, self.leader_port = wire.listen(plan.leader_port, PORTS)
         self._epoll = select.epoll()
         self._epoll.register(self._listener.fileno(), select.EPOLLIN)
         self._channels: dict[int, Channel] = {}
         self._writing: set[int] = set()
         self._members: dict[str, _Member] = {}
-        self._guests = Guests(plan, say)
+        self._guests = Guests(plan, unproven, say)
         self._hosts: tuple[str, ...] = ()  # of the current attempt; empty while hosts are missing
         self._failed = False
+        self._deaf = False  # no descriptor was left: nobody is let in until the next beat
         self._orders: list[Order] = []
         self._coordinator = Coordinator(plan.policy, plan.program, self)
         now = time.monotonic()
@@ -145,8 +149,7 @@ class Leader:
 
     def close(self) -> None:
         """Waits, within a bound, until every member has what it was sent."""
-        self._epoll.unregister(self._listener.fileno())
-        self._listener.close()
+        self._listener.close()  # which takes it out of the epoll set
         self._guests.close()
         deadline_s = time.monotonic() + _CLOSE_S
         # A member that has its verdict closes the connection.
@@ -221,6 +224,9 @@ class Leader:
                     self._drop(oldest, "too many connections that prove nothing")
         except ClusterError as error:
             self._guests.count("no-descriptor", str(error))
+            # The connection that waits would wake us again and again.
+            self._epoll.unregister(self._listener.fileno())
+            self._deaf = True
 
     def _admit(self, host: str) -> str:
         if host not in self._names:
@@ -496,6 +502,9 @@ class Leader:
             fd = channel.fileno()
             channel.on_time(now_s)
             self._settle(fd, channel)
+        if self._deaf:
+            self._deaf = False
+            self._epoll.register(self._listener.fileno(), select.EPOLLIN)
         encoded = wire.encode({"kind": "ping", "sent": time.monotonic_ns()})
         for host, member in list(self._members.items()):
             silent_s = now_s - member.channel.heard_s
@@ -543,15 +552,21 @@ class Leader:
         self._coordinator.cut_links = tuple((one, other) for one, other in sorted(pairs))
 
 
-def _allow_connections(hosts: int) -> None:
-    """A descriptor for each host and some for others; ranks are children of another process and keep their limit."""
+def _allow_connections(hosts: int) -> int:
+    """A descriptor for each host and some for others; ranks are children of another process and keep their limit.
+
+    Returns:
+        How many connections that prove nothing there may be.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = hosts + 1024
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
+        return hosts + _UNPROVEN
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     if limit < hosts + 64:
         raise ClusterError(
             f"{hosts} hosts need as many open files, but {limit} are allowed on {os.uname().nodename}: raise ulimit -Hn"
         )
+    # What this process has open beside connections, and a look at hosts that are missing.
+    return max(_FEWEST_UNPROVEN, min(hosts + _UNPROVEN, limit - hosts - min(hosts, MISSING_ASKED) - _OPEN_FILES))

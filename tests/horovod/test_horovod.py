@@ -45,8 +45,9 @@ optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_par
 model(torch.full((1, 2), hvd.rank() + 1.0)).sum().backward()
 optimizer.step()
 seen["after"] = model.weight.flatten().tolist()
-hvd.shutdown()
-hvd.init()  # the same ranks meet a second time
+if hvd.gloo_enabled():  # MPI cannot be initialized twice
+    hvd.shutdown()
+    hvd.init()  # the same ranks meet a second time
 seen["again"] = hvd.allreduce(torch.ones(1), op=hvd.Sum).item()
 hvd.shutdown()
 with open(os.path.join(sys.argv[1], "rank%d" % seen["place"][0]), "w") as file:
@@ -101,10 +102,12 @@ def test_one_host(job: Any, script: Path, tmp_path: Path, controller: str) -> No
     check(tmp_path, ONE_HOST)
 
 
-def test_simulated_hosts(tmp_path: Path, script: Path, job: Any, controller: str) -> None:
+def test_simulated_hosts(tmp_path: Path, script: Path, job: Any, build: Build) -> None:
+    if "gloo" not in build.controllers:
+        pytest.skip("not installed: horovod with gloo (MPI does not run on simulated hosts)")
     arguments = ("simulate", "--hosts", "2", "--dir", tmp_path / "hosts", "-n", "2", "--engine", "horovod")
     done = subprocess.run(
-        [sys.executable, "-m", "launcher", *arguments, "--horovod-controller", controller, script, tmp_path],
+        [sys.executable, "-m", "launcher", *arguments, "--horovod-controller", "gloo", script, tmp_path],
         env=job.environ(),
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
