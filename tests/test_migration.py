@@ -139,13 +139,18 @@ def missing(kind: str) -> str:
         return "sagemaker-training (SAGEMAKER_TRAINING_BIN: the bin directory of an environment of its own)"
     if kind == "sagemaker-mpi" and not os.path.exists("/usr/sbin/sshd"):
         return "sshd, which sagemaker-training starts"
-    if kind == "sagemaker-mpi" and not shutil.which("mpirun"):
-        return "mpirun of Open MPI 4, whose options sagemaker-training gives"
+    if kind == "sagemaker-mpi" and "(Open MPI) 4." not in version_of_mpirun():
+        return "mpirun of Open MPI 4 on PATH, whose options sagemaker-training gives"
     tool = {"sagemaker-torch": "torchrun", "sagemaker-mpi": "mpirun", "sagemaker-process": "python"}.get(kind, kind)
     module = {"torchrun": "torch", "horovodrun": "horovod", "mpirun": "mpi4py", "python": "launcher"}[tool]
     if importlib.util.find_spec(module) is None:
         return f"module {module}"
     return "" if shutil.which(tool, path=PATH) else tool
+
+
+def version_of_mpirun() -> str:
+    path = shutil.which("mpirun")
+    return subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout if path else ""
 
 
 class Place:
@@ -223,8 +228,9 @@ class Place:
             OMPI_ALLOW_RUN_AS_ROOT="1",
             OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
             OMPI_MCA_rmaps_base_oversubscribe="1",
-            PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
         )
+        if not any(commands):  # Open MPI 5 would put all ranks of several hosts on the first one
+            environ["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
         running: list[subprocess.Popen[bytes]] = []
         try:
             for host, command in commands.items():
