@@ -45,12 +45,15 @@ class Guests:
         self._probe: Probe | None = None
         self._silent: set[str] = set()
         self._asked_s = 0.0
-        others = [host for host in plan.hosts if host != plan.host]
+
+    def open(self) -> None:
+        """The door is open: where there is no secret, says by what hosts are let in, and looks their addresses up."""
+        plan, say = self._plan, self._say
         if plan.secret:
             return
         if plan.named:
             say("no secret was given (LAUNCHER_SECRET): hosts are let in by the addresses of the host list")
-            self._resolver = Resolver(others, plan.addresses)
+            self._resolver = Resolver([host for host in plan.hosts if host != plan.host], plan.addresses)
         else:
             say(
                 "WARNING: no secret was given (LAUNCHER_SECRET), and there is no host list: whoever reaches port "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import select
 import time
 
 from launcher.cluster import messages, wire
 from launcher.cluster.clock import ClockEstimate
+from launcher.cluster.connections import Connections, allow_connections
 from launcher.cluster.facts import HostFacts, differences
-from launcher.cluster.guests import MISSING_ASKED, Guests
-from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S, PORTS
+from launcher.cluster.guests import Guests
+from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S
 from launcher.cluster.probe import probed_port
 from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError
 from launcher.evidence import ClockOffset, Evidence, HostReport, LostHost, whole_number
@@ -34,9 +32,6 @@ _PROBED_HOSTS = 32
 # Without a turn for this long, this process was stopped or starved: silence of others proves nothing.
 _SLEPT_S = 2.0
 _FIRST_PINGS = 4
-# Connections that have proven nothing, beyond one for each host that is still expected; fewer where files are few.
-_UNPROVEN, _FEWEST_UNPROVEN = 256, 16
-_OPEN_FILES = 40
 # Of one thing that another host has sent.
 _SHOWN_CHARACTERS = 300
 
@@ -49,6 +44,7 @@ class _Member:
         self.clock = ClockEstimate()
         self.pings = 0
         self.late = False
+        self.silent = False  # given up since nothing was heard of it
         self.cut: tuple[str, ...] = ()
 
 
@@ -67,17 +63,13 @@ class Leader:
         self._names = frozenset(plan.hosts)
         self._first_attempt = attempt
         self._stopped: StoppedError | None = None
-        unproven = _allow_connections(len(plan.hosts))
-        self._listener, self.leader_port = wire.listen(plan.leader_port, PORTS)
-        self._epoll = select.epoll()
-        self._epoll.register(self._listener.fileno(), select.EPOLLIN)
-        self._channels: dict[int, Channel] = {}
-        self._writing: set[int] = set()
         self._members: dict[str, _Member] = {}
-        self._guests = Guests(plan, unproven, say)
+        self._guests = Guests(plan, allow_connections(len(plan.hosts)), say)
+        self._connections = Connections(plan, self, self._guests)
+        self._guests.open()
+        self._closing = False
         self._hosts: tuple[str, ...] = ()  # of the current attempt; empty while hosts are missing
         self._failed = False
-        self._deaf = False  # no descriptor was left: nobody is let in until the next beat
         self._orders: list[Order] = []
         self._coordinator = Coordinator(plan.policy, plan.program, self)
         now = time.monotonic()
@@ -88,7 +80,7 @@ class Leader:
     # ---- as the supervisor's group
 
     def fileno(self) -> int:
-        return self._epoll.fileno()
+        return self._connections.fileno()
 
     def next_time(self) -> float | None:
         if self._orders:
@@ -99,11 +91,7 @@ class Leader:
         return min(times)
 
     def serve(self, now_s: float) -> Sequence[Order]:
-        for fd, events in self._epoll.poll(0, 1024):
-            if fd == self._listener.fileno():
-                self._accept(now_s)
-            elif fd in self._channels:
-                self._serve_channel(self._channels[fd], events, now_s)
+        self._connections.serve(now_s)
         self._guests.serve(now_s, () if self._hosts else self._missing())
         if now_s - self._served_s > _SLEPT_S:
             for member in self._members.values():
@@ -149,31 +137,15 @@ class Leader:
 
     def close(self) -> None:
         """Waits, within a bound, until every member has what it was sent."""
-        self._listener.close()  # which takes it out of the epoll set
+        self._closing = True
+        self._connections.close_door()
         self._guests.close()
         deadline_s = time.monotonic() + _CLOSE_S
         # A member that has its verdict closes the connection.
-        while self._members and (now_s := time.monotonic()) < deadline_s:
-            for fd, _ in self._epoll.poll(deadline_s - now_s, 1024):
-                if fd in self._channels:
-                    self._drain(fd, self._channels[fd], now_s)
-        for channel in list(self._channels.values()):
-            channel.close("the job is over")
-        self._epoll.close()
+        while self._members and time.monotonic() < deadline_s:
+            self._connections.drain(deadline_s)
+        self._connections.close()
         self._guests.tell_counts()
-
-    def _drain(self, fd: int, channel: Channel, now_s: float) -> None:
-        channel.flush()
-        channel.read(now_s)  # nothing that is said now matters any more
-        if channel.closed:
-            self._channels.pop(fd, None)
-            member = self._members.get(channel.host)
-            if member is not None and member.channel is channel:  # not one that only had the name
-                del self._members[channel.host]
-        if channel.cause in ("replay", "oversized", "garbage"):
-            self._guests.count(channel.cause, channel.closed)
-        elif channel.wants_write() != (fd in self._writing):
-            self._settle(fd, channel)
 
     def trouble(self, reason: str) -> None:
         self._coordinator.trouble(self.plan.host, reason)
@@ -181,7 +153,7 @@ class Leader:
     def relay(self, host: str, message: dict[str, Any]) -> bool:
         member = self._members.get(host)
         if member is not None:
-            self._send(member.channel, {"kind": "relay", "message": message})
+            self._connections.send(member.channel, {"kind": "relay", "message": message})
         return member is not None
 
     # ---- as the coordinator's hosts
@@ -207,30 +179,9 @@ class Leader:
         self._broadcast(messages.verdict_message(verdict))
         self._orders.append(Finish(verdict))
 
-    # ---- connections
+    # ---- as the owner of the connections
 
-    def _accept(self, now_s: float) -> None:
-        try:
-            for _ in range(256):
-                found = wire.accept(self._listener)
-                if found is None:
-                    return
-                sock, address = found
-                channel = wire.Channel.accepted(
-                    sock, key=self.plan.key, job=self.plan.job, address=address, now_s=now_s, admit=self._admit
-                )
-                oldest = self._guests.arrived(channel)
-                self._channels[channel.fileno()] = channel
-                self._epoll.register(channel.fileno(), select.EPOLLIN)
-                if oldest is not None:
-                    self._drop(oldest, "too many connections that prove nothing")
-        except ClusterError as error:
-            self._guests.count("no-descriptor", str(error))
-            # The connection that waits would wake us again and again.
-            self._epoll.unregister(self._listener.fileno())
-            self._deaf = True
-
-    def _admit(self, host: str) -> str:
+    def admit(self, host: str) -> str:
         if host not in self._names:
             return f"{host} is not in the host list of {self.plan.host}"
         if host == self.plan.host or host in self._members:
@@ -239,43 +190,23 @@ class Leader:
             return "the job runs already"
         return ""
 
-    def _serve_channel(self, channel: Channel, events: int, now_s: float) -> None:
-        fd = channel.fileno()
-        if events & select.EPOLLOUT:
-            channel.flush()
-        if events & ~select.EPOLLOUT:
-            for message in channel.read(now_s):
-                self._take(channel, message, now_s)
-        self._settle(fd, channel)
-
-    def _settle(self, fd: int, channel: Channel) -> None:
-        """After anything that may have closed a connection, or left something to be written."""
-        if channel.closed:
-            self._forget(fd, channel)
-        elif channel.wants_write() != (fd in self._writing):
-            (self._writing.add if channel.wants_write() else self._writing.discard)(fd)
-            self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if channel.wants_write() else 0))
-
-    def _forget(self, fd: int, channel: Channel, silent: bool = False) -> None:
-        self._channels.pop(fd, None)  # the kernel has taken a closed descriptor out of the epoll set
-        self._writing.discard(fd)
+    def ended(self, channel: Channel) -> None:
         member = self._members.get(channel.host)
         if member is None or member.channel is not channel:
             self._guests.left(channel)
             return
         del self._members[channel.host]
+        if self._closing:
+            return
+        if channel.cause in ("replay", "oversized", "garbage"):
+            self._guests.count(channel.cause, channel.closed)
         if not self._hosts:
             self._say(f"{channel.host} has left: {channel.closed}")
-        else:
-            ended = channel.cause in ("eof", "reset")
-            silent = silent or channel.cause == "unreachable"
-            why = f"is {'unreachable' if silent else 'given up'}: {channel.closed}"
-            self._lose(channel, "is lost: its launcher ended without a word" if ended else why, silent)
-
-    def _drop(self, channel: Channel, reason: str) -> None:
-        fd = channel.fileno()
-        channel.close(reason)
-        self._forget(fd, channel)
+            return
+        gone = channel.cause in ("eof", "reset")
+        silent = member.silent or channel.cause == "unreachable"
+        why = f"is {'unreachable' if silent else 'given up'}: {channel.closed}"
+        self._lose(channel, "is lost: its launcher ended without a word" if gone else why, silent)
 
     def _lose(self, channel: Channel, how: str, silent: bool) -> None:
         heard_ns = int(channel.heard_s * 1e9) if silent else time.monotonic_ns()
@@ -290,20 +221,14 @@ class Leader:
         first = sum(self._slots[:place])
         return range(first, first + self._slots[place])
 
-    def _send(self, channel: Channel, message: dict[str, Any] | bytes) -> None:
-        fd = channel.fileno()
-        channel.send(message)
-        if fd >= 0:
-            self._settle(fd, channel)
-
     def _broadcast(self, message: dict[str, Any]) -> None:
         encoded = wire.encode(message)
         for member in list(self._members.values()):
-            self._send(member.channel, encoded)
+            self._connections.send(member.channel, encoded)
 
     # ---- what members say
 
-    def _take(self, channel: Channel, message: dict[str, Any], now_s: float) -> None:
+    def take(self, channel: Channel, message: dict[str, Any]) -> None:
         member = self._members.get(channel.host)
         try:
             if member is None or member.channel is not channel:
@@ -327,9 +252,9 @@ class Leader:
     def _take_hello(self, channel: Channel, slots: int, facts: HostFacts) -> None:
         host = channel.host
         unknown = self._guests.unknown(channel)
-        if unknown or self._admit(host):
-            self._send(channel, {"kind": "wait", "text": unknown or self._admit(host)})
-            channel.close(unknown or self._admit(host))
+        if unknown or self.admit(host):
+            self._connections.send(channel, {"kind": "wait", "text": unknown or self.admit(host)})
+            channel.close(unknown or self.admit(host))
             return
         found = [line[:_SHOWN_CHARACTERS] for line in differences(self.plan.facts, facts)]
         if found and self.plan.peer_check != "off":
@@ -337,11 +262,11 @@ class Leader:
             if self.plan.peer_check == "refuse":
                 advice = "make the hosts alike, or use --peer-check warn"
                 error = RefusedError(f"{text}; {advice}")
-                self._send(channel, messages.abort_message(error))
+                self._connections.send(channel, messages.abort_message(error))
                 self.failed(error)
                 raise error
             self._say(f"WARNING: {text}")
-            self._send(channel, {"kind": "say", "line": f"WARNING: {text}"})
+            self._connections.send(channel, {"kind": "say", "line": f"WARNING: {text}"})
         member = self._members[host] = _Member(channel, slots)
         self._guests.joined(channel)
         self._ping(member)
@@ -493,27 +418,25 @@ class Leader:
         address = self.plan.master_address or own
         self._orders.append(Start(attempt, hosts, self._slots, address, self._port, own, line, own, store_port))
 
+    @property
+    def leader_port(self) -> int:
+        """Where it listens."""
+        return self._connections.port
+
     # ---- time
 
     def _ping(self, member: _Member) -> None:
         member.pings += 1
-        self._send(member.channel, {"kind": "ping", "sent": time.monotonic_ns()})
+        self._connections.send(member.channel, {"kind": "ping", "sent": time.monotonic_ns()})
 
     def _beat(self, now_s: float) -> None:
-        for channel in list(self._channels.values()):
-            fd = channel.fileno()
-            channel.on_time(now_s)
-            self._settle(fd, channel)
-        if self._deaf:
-            self._deaf = False
-            self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+        self._connections.on_beat(now_s)
         encoded = wire.encode({"kind": "ping", "sent": time.monotonic_ns()})
         for host, member in list(self._members.items()):
             silent_s = now_s - member.channel.heard_s
             if silent_s >= self.plan.host_timeout_s:
-                fd, channel = member.channel.fileno(), member.channel
-                channel.close(f"nothing was heard of it for {silent_s:.1f} s")
-                self._forget(fd, channel, silent=True)
+                member.silent = True
+                self._connections.drop(member.channel, f"nothing was heard of it for {silent_s:.1f} s")
                 continue
             if member.late != (silent_s > LATE_S):
                 member.late = not member.late
@@ -523,7 +446,7 @@ class Leader:
                     if member.late
                     else f"{host} is back"
                 )
-            self._send(member.channel, encoded)
+            self._connections.send(member.channel, encoded)
 
     def _tell_waiting(self) -> None:
         reports = self._coordinator.reports
@@ -536,7 +459,7 @@ class Leader:
             self._say(line)
         for host in reports:
             if host in self._members:
-                self._send(self._members[host].channel, {"kind": "say", "line": line})
+                self._connections.send(self._members[host].channel, {"kind": "say", "line": line})
 
     # ---- which hosts reach each other
 
@@ -552,23 +475,3 @@ class Leader:
             if other in self._hosts and one in self._hosts
         }
         self._coordinator.cut_links = tuple((one, other) for one, other in sorted(pairs))
-
-
-def _allow_connections(hosts: int) -> int:
-    """A descriptor for each host and some for others; ranks are children of another process and keep their limit.
-
-    Returns:
-        How many connections that prove nothing there may be.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hosts + 1024
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return hosts + _UNPROVEN
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    if limit < hosts + 64:
-        raise ClusterError(
-            f"{hosts} hosts need as many open files, but {limit} are allowed on {os.uname().nodename}: raise ulimit -Hn"
-        )
-    # What this process has open beside connections, and a look at hosts that are missing.
-    return max(_FEWEST_UNPROVEN, min(hosts + _UNPROVEN, limit - hosts - min(hosts, MISSING_ASKED) - _OPEN_FILES))
