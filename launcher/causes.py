@@ -15,6 +15,9 @@ PEER_LOST = re.compile(
     r"|recvValue failed|sendBytes failed|The client socket has (?:failed|timed out)|DistNetworkError"
 )
 
+# What a rank's NCCL watchdog says when the others did not come: number and kind of the collective.
+WATCHDOG = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\(SeqNum=(\d{1,20}), OpType=(\w{1,40})")
+
 # (pattern, what it is, what to do). The first that is found wins, so the specific ones come first.
 _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), text)

@@ -11,9 +11,9 @@ from launcher.errors import (
     ContractError,
     InternalError,
     LauncherError,
-    OutputError,
     StoppedError,
     UsageError,
+    of_machine,
 )
 from launcher.options import CommandLine, parse, usage
 
@@ -96,9 +96,8 @@ def _run(line: CommandLine) -> int:
         if spec is not None and spec.made_tree and isinstance(error, UsageError):
             run.discard_tree(spec)  # a mistake on the command line leaves nothing behind
         return error.exit_code
-    except OSError as error:  # a limit of this machine (open files, say) that no place knows more about
-        place = f": {error.filename}" if error.filename else ""
-        run.report_error(OutputError(f"{error.strerror or error}{place}"), spec.container.paths if spec else None, _log)
+    except OSError as error:
+        run.report_error(of_machine(error), spec.container.paths if spec else None, _log)
         return EXIT_OUTPUT
     except Exception as error:  # the one boundary: a fault of ours ends with a code of its own, and says so
         import traceback

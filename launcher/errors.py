@@ -62,6 +62,12 @@ class OutputError(LauncherError):
     exit_code = EXIT_OUTPUT
 
 
+def of_machine(error: OSError) -> OutputError:
+    """The error for a limit of this machine (open files, say) that no place knows more about."""
+    place = f": {error.filename}" if error.filename else ""
+    return OutputError(f"{error.strerror or error}{place}")
+
+
 class RefusedError(LauncherError):
     """A peer was refused: authentication, version, or another host list."""
 

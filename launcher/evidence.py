@@ -26,6 +26,7 @@ class ExitRecord(Record):
         ended_ns: when its process ended; failed_ns: when its exception was recorded, else ended_ns.
         told_ns: when the launcher first signalled it; 0: never.
         message, where, traceback, thread: from its error file; "" without one.
+        waited_for: the collective that its watchdog gave up waiting in, in words; "" for none.
         phase: of its status page; None for ranks that keep none (binaries, shell scripts).
         max_rss_kib: peak resident memory of the rank itself, KiB.
     """
@@ -44,6 +45,7 @@ class ExitRecord(Record):
     where: str = ""
     traceback: str = ""
     thread: str = ""
+    waited_for: str = ""
     timestamp: int = 0
     phase: int | None = None
     steps: int = 0

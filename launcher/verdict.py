@@ -61,6 +61,10 @@ def judge(
     if evidence.hang and innocent:
         suspect = next((record for record in ordered if record.rank == evidence.hang_rank), None)
         return _finish("hang", errors.EXIT_HANG, evidence.hang, suspect, victims, ordered, evidence, program)
+    absent = _absent(ordered) if innocent and not evidence.stop_signal else None
+    if absent is not None and culprit is not None:
+        headline = f"{_name(absent[0])} did not reach {absent[1]}"
+        return _finish("rank", culprit.exit_code, headline, absent[0], victims, ordered, evidence, program)
     if culprit is not None and (not evidence.stop_signal or culprit.rank not in victims):
         code = evidence.aborted_code if culprit.rank == evidence.aborted_rank else culprit.exit_code
         headline = f"{_name(culprit)} {_what(culprit, own, evidence)}"
@@ -136,7 +140,9 @@ def _victims(records: Sequence[ExitRecord]) -> dict[int, str]:
             how = f"{_signal_name(record.value)}" if record.how == SIGNAL else f"code {record.value}"
             was = "; until then SIGSTOP had held it" if record.was_stopped else ""
             victims[record.rank] = f"stopped by the launcher ({how}){was}"
-        elif PEER_LOST.search(record.message) or (not record.message and PEER_LOST.search(record.stderr_tail)):
+        elif PEER_LOST.search(record.message) or (
+            not record.message and (record.waited_for or PEER_LOST.search(record.stderr_tail))
+        ):
             victims[record.rank] = "lost its connection to another rank"
     return victims
 
@@ -151,6 +157,18 @@ def _culprit(records: Sequence[ExitRecord], victims: dict[int, str], evidence: E
     if any(record.left_early for record in records) and not evidence.early_exit_ok:
         return None
     return untold[0] if untold else None
+
+
+def _absent(records: Sequence[ExitRecord]) -> tuple[ExitRecord, str] | None:
+    """The one rank that the watchdogs of all others have waited for, and in which collective; None when it is unknown.
+
+    With several ranks that say nothing, some may only have been stopped before their own watchdog spoke.
+    """
+    silent = [record for record in records if not record.waited_for]
+    if len(silent) != 1 or len(records) == 1 or not silent[0].told_first:
+        return None
+    missed = next(record.waited_for for record in records if record.waited_for)[:100]
+    return silent[0], f"{missed}, where the others waited until their watchdogs gave up"
 
 
 def _early_exit(
@@ -354,7 +372,7 @@ def _outcomes(records: Sequence[ExitRecord], culprit: ExitRecord | None, victims
 
 def _reason(record: ExitRecord, evidence: Evidence) -> str:
     """Likely cause and advice, "" when nothing is known beyond what the headline says."""
-    if record.how == SIGNAL and not record.cut_short:
+    if record.how == SIGNAL and not record.told_ns:
         return signal_reason(
             record.value,
             oom_kills=evidence.oom_kills,

@@ -104,6 +104,8 @@ ALLOWED: dict[str, set[str]] = {
     "launcher.container": {"launcher.errors", "launcher.record"},
     "launcher.engines": {"launcher.record", "launcher.errors", "launcher.interfaces", "launcher.topology"},
     "launcher.supervisor": {
+        "launcher.causes",
+        "launcher.causes",
         "launcher.errors",
         "launcher.evidence",
         "launcher.record",

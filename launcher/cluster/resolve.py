@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 
+from launcher.errors import InternalError
 from launcher.record import Record
 
 TYPE_CHECKING = False
@@ -34,6 +35,9 @@ class Resolver:
 
         Args:
             addresses: name -> what to look up in its place, as a rule a numeric address.
+
+        Raises:
+            InternalError: this machine allows no thread.
         """
         self._instead = dict(addresses or {})
         self._lock = threading.Lock()
@@ -60,8 +64,22 @@ class Resolver:
                     self._waiting.append(name)
             fresh = min(len(self._waiting), THREADS) - self._threads
             self._threads += max(0, fresh)
-        for _ in range(fresh):
-            threading.Thread(target=self._work, name="launcher-resolver", daemon=True).start()
+        for started in range(fresh):
+            try:
+                threading.Thread(target=self._work, name="launcher-resolver", daemon=True).start()
+            except RuntimeError as error:
+                self._do_with_fewer(fresh - started, error)
+                return
+
+    def _do_with_fewer(self, missing: int, error: RuntimeError) -> None:
+        with self._lock:
+            self._threads -= missing
+            stranded = self._waiting and not self._threads
+        if stranded:
+            raise InternalError(
+                f"cannot look up the hosts' names: {error}; the limit of processes is reached: ulimit -u, or the pids "
+                "cgroup"
+            ) from error
 
     def take(self) -> list[Resolved]:
         """The outcomes since the last call."""

@@ -261,4 +261,6 @@ def _hang_text(ranks: list[RankProgress], timeout_s: float) -> tuple[str, int | 
         slowest = min(ranks, key=lambda rank: rank.step)
         suspect = slowest.rank
         text += f"; rank {slowest.rank} is behind, at step {slowest.step}"
+    elif not any(rank.step for rank in ranks) and not inside:
+        text += "; no rank has reported a step yet"
     return text + "; the stacks of all ranks are on their stderr", suspect

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
+from launcher.causes import WATCHDOG
 from launcher.evidence import EXIT, SIGNAL, ExitRecord
 from launcher.supervisor.pages import read_page
 
@@ -38,6 +39,7 @@ def make_record(event: Event, launch: RankLaunch, host: str, told_ns: int, repla
     at_ns = None if ours.get("thread") else ours.get("monotonic_ns")
     # A time of another boot of the machine, or a forged one, is no time.
     failed_ns = at_ns if isinstance(at_ns, int) and 0 < at_ns <= ended_ns else ended_ns
+    waited = WATCHDOG.search(f"{message}\n{event.text(10)}")
     return ExitRecord(
         host=host,
         rank=launch.rank,
@@ -53,6 +55,7 @@ def make_record(event: Event, launch: RankLaunch, host: str, told_ns: int, repla
         where=str(ours.get("where", "")),
         traceback=traceback,
         thread=str(ours.get("thread", "")),
+        waited_for=f"collective {waited[1]} ({waited[2]})" if waited else "",
         timestamp=timestamp,
         phase=page.phase if page else None,
         steps=page.step if page else 0,

@@ -11,7 +11,7 @@ import select
 import sys
 import time
 
-from launcher.errors import InternalError, LauncherError, StoppedError
+from launcher.errors import InternalError, LauncherError, StoppedError, of_machine
 from launcher.supervisor.attempt import DONE, RUN, SIGKILL, SIGTERM, Attempt
 from launcher.supervisor.group import Finish, Relayed, Start, Stop, Sweep
 from launcher.supervisor.guardian import ALL_RANKS, ZYGOTE, Guardian
@@ -96,6 +96,10 @@ class Supervisor:
         except LauncherError as error:
             self.group.failed(error)
             raise
+        except OSError as error:  # the other hosts are to say so too, not that this one was lost
+            limit = of_machine(error)
+            self.group.failed(limit)
+            raise limit from error
         finally:
             if self.plan.library:
                 self._restore_signals()
