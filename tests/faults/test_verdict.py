@@ -337,7 +337,20 @@ def test_hang():
     assert verdict.headline == "hang: nothing for 60 s"
     assert verdict.culprit.rank == 1
     assert list(verdict.victims) == [0]
+    assert "not sent by the launcher" not in verdict.text
     assert verdict_of(told(0), told(1), hang="hang: nothing for 60 s").culprit is None
+
+
+def test_rank_that_all_watchdogs_waited_for():
+    """Row 10: the one that says nothing; with two of them, one may have been stopped before its watchdog spoke."""
+    waited = "collective 17 (ALLREDUCE)"
+    others = [ended(0, sig=signal.SIGABRT, waited_for=waited), told(1, sig=signal.SIGABRT, waited_for=waited)]
+    verdict = verdict_of(*others, told(2))
+    assert (verdict.kind, verdict.exit_code, verdict.culprit.rank) == ("rank", 134, 2)
+    assert verdict.headline.startswith("rank 2 on algo-1 did not reach collective 17 (ALLREDUCE)")
+    assert "not sent by the launcher" not in verdict.text
+    assert verdict_of(*others, told(2), told(3)).culprit.rank == 0
+    assert verdict_of(*others, ended(2, 3, at=101)).culprit.rank == 2
 
 
 def test_own_failure_before_the_hang_was_noticed():
