@@ -34,8 +34,7 @@ def rank_launches(
     spec, here = prepared.spec, prepared.topology
     cpus = tuple(place.cpus for place in here.local)
     topology = topologies.plan(start.hosts, here.host, start.slots, cpus, here.threads_per_rank)
-    environ = prepared.environ
-    environ = {**environ, **_network(prepared, start, say or (lambda line: None))}
+    environ = {**prepared.environ, **_network(prepared, start, say or (lambda line: None))}
     launches = [
         engine.launch_of(
             place,
@@ -182,6 +181,6 @@ def _mpi_plan(prepared: Prepared, start: Start) -> MpiPlan:
         here.host,
         run_dir=prepared.run_dir,
         environ=prepared.environ,
-        interface=network.get("GLOO_SOCKET_IFNAME", ""),
+        interface=prepared.spec["interface"] or {**prepared.environ, **network}.get("GLOO_SOCKET_IFNAME", ""),
         prefix=prefix,
     )

@@ -72,6 +72,7 @@ def join(
         policy=policy,
         enough=policy.min_hosts,
         free_layout=free_layout,
+        processes=spec["mpi_processes"] if free_layout else 0,
         meet_again_s=spec["host_timeout"] + grace_s + _MARGIN_S,
     )
     say(f"{len(found.hosts)} hosts from {found.source}; this is {found.host}")

@@ -10,8 +10,6 @@ from launcher.record import Record, replace
 from launcher.supervisor.adoption import MpiPlan
 from launcher.supervisor.guardian import executable
 
-limit_slots = engine.limit_slots
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

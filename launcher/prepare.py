@@ -76,7 +76,8 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
         if spec["preload"]:
             raise UsageError("--preload does not go with MPI: a rank is mpirun's to start, and no fork of the launcher")
         mpi = mpi_plan.prepare(spec, hosts.host_rank == 0, environ)
-        slots = mpi_plan.limit_slots(slots, spec["mpi_processes"])
+        if len(slots) == 1:  # of several hosts, the leader knows how many slots there are
+            slots = topologies.limit_slots(slots, spec["mpi_processes"])
     ranks = slots[hosts.host_rank]
     bound = spec["affinity"] == "split"
     shares = topologies.share_cpus(machine.cpus, ranks, machine.domains) if bound else ((),) * ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launcher.errors import UsageError
 from launcher.record import Record
 
 TYPE_CHECKING = False
@@ -92,3 +93,20 @@ def threads_for(allowed: int, quota: float | None, ranks: int) -> int:
     """OMP_NUM_THREADS for each of ``ranks``: allowed CPUs, or the cgroup's CPU quota if that is less, divided."""
     available = allowed if quota is None else min(allowed, max(1, int(quota + 0.5)))
     return max(1, available // ranks)
+
+
+def limit_slots(slots: Sequence[int], processes: int) -> tuple[int, ...]:
+    """Slots of each host when only ``processes`` ranks are wanted: host after host is filled; 0: all of them.
+
+    Raises:
+        UsageError: there are fewer slots than that.
+    """
+    if not processes:
+        return tuple(slots)
+    if processes > sum(slots):
+        raise UsageError(f"mpi_processes is {processes}, but the hosts have {sum(slots)} slots: {tuple(slots)}")
+    limited, left = [], processes
+    for count in slots:
+        limited.append(min(count, left))
+        left -= limited[-1]
+    return tuple(limited)

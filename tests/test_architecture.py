@@ -105,7 +105,6 @@ ALLOWED: dict[str, set[str]] = {
     "launcher.engines": {"launcher.record", "launcher.errors", "launcher.interfaces", "launcher.topology"},
     "launcher.supervisor": {
         "launcher.causes",
-        "launcher.causes",
         "launcher.errors",
         "launcher.evidence",
         "launcher.record",
@@ -118,6 +117,7 @@ ALLOWED: dict[str, set[str]] = {
         "launcher.evidence",
         "launcher.record",
         "launcher.supervisor",
+        "launcher.topology",
         "launcher.verdict",
     },
     "launcher.rank": {"launcher.errors", "launcher.record", "launcher.machine", "launcher._native"},

@@ -116,6 +116,13 @@ def test_a_hang_is_one_when_all_hosts_are_quiet() -> None:
     assert "rank 1 never entered collective #7" in told.verdict.headline
 
 
+def test_a_hang_is_seen_when_the_last_host_at_work_ends() -> None:
+    told = Told(("a", "b"))
+    told.coordinator.quiet("a", True)
+    told.report(report("b", end(1, "b")))
+    assert told.said == [("stacks",)]
+
+
 def test_lost_host_is_named_with_its_ranks() -> None:
     told = Told(("a", "b"))
     told.coordinator.host_lost(LostHost("b", "is lost: its launcher ended without a word", 100, False, (2, 3)))

@@ -11,6 +11,7 @@ from launcher.engines.mpi import HYDRA, OPEN_MPI, Mpirun, RankIdentity
 from launcher.engines.torch import RankLaunch
 from launcher.errors import UsageError
 from launcher.supervisor import adoption
+from launcher.topology import limit_slots
 
 FOUR = Mpirun("/usr/bin/mpirun", OPEN_MPI, (4, 1, 4))
 FIVE = Mpirun("/opt/bin/mpirun", OPEN_MPI, (5, 0, 11))
@@ -117,10 +118,10 @@ def test_options_that_are_not_the_users(options: str, advice: str) -> None:
 
 
 def test_fewer_ranks_than_slots() -> None:
-    assert mpi.limit_slots((4, 4, 4), 0) == (4, 4, 4)
-    assert mpi.limit_slots((4, 4, 4), 6) == (4, 2, 0)
+    assert limit_slots((4, 4, 4), 0) == (4, 4, 4)
+    assert limit_slots((4, 4, 4), 6) == (4, 2, 0)
     with pytest.raises(UsageError, match="mpi_processes is 13, but the hosts have 12 slots"):
-        mpi.limit_slots((4, 4, 4), 13)
+        limit_slots((4, 4, 4), 13)
 
 
 def test_who_a_rank_is() -> None:

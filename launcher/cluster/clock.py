@@ -31,11 +31,6 @@ class ClockEstimate:
         self._best = min(reversed(self._samples), key=lambda sample: sample[0])
 
     @property
-    def known(self) -> bool:
-        """Whether there was a sample."""
-        return bool(self._samples)
-
-    @property
     def offset_ns(self) -> int:
         """The other host's clock minus ours; 0 before the first sample."""
         return self._best[1]
@@ -44,7 +39,3 @@ class ClockEstimate:
     def uncertainty_ns(self) -> int:
         """By how much ``offset_ns`` may be wrong at most; ``UNKNOWN_NS`` before the first sample."""
         return (self._best[0] + 1) // 2
-
-    def to_ours(self, remote_ns: int) -> int:
-        """A time on the other host's clock, on ours."""
-        return remote_ns - self.offset_ns

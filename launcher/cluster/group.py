@@ -81,12 +81,11 @@ class Cluster:
 
     def _succeed(self, member: Member) -> None:
         left, why = member.left, member.loss
-        enough = max(member.plan.policy.min_hosts, len(member.hosts) // 2 + 1)
         self._say(f"{why}; going on with {len(left)} hosts: {left[0]} leads")
         plan = replace(
             member.plan,
             hosts=left,
-            enough=enough,
+            enough=member.enough,
             join_timeout_s=member.plan.meet_again_s,
             because=why,
         )

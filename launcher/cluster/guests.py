@@ -60,10 +60,6 @@ class Guests:
                 f"{plan.leader_port} can join"
             )
 
-    def fileno(self) -> int:
-        """Readable when names have been looked up; -1: nobody is asking."""
-        return self._resolver.fileno() if self._resolver is not None else -1
-
     def serve(self, now_s: float, missing: Sequence[str]) -> None:
         """Looks after the names and addresses of hosts that are ``missing``."""
         if self._resolver is not None:
@@ -112,7 +108,7 @@ class Guests:
             self._say(f"refused connections: {sum(self._counts.values())} ({kinds})")
 
     def unknown(self, channel: Channel) -> str:
-        """Why the address of ``channel`` is not that of the host it claims to be; "" when it is, or need not be."""
+        """Why the address of ``channel`` is that of no host in the list; "" when it is one, or need not be."""
         if self._plan.secret or not self._plan.named:
             return ""
         if channel.address in self._known:
@@ -146,8 +142,8 @@ class Guests:
         if self._resolver is not None:
             self._resolver.close()
             self._resolver = None
-        if self._probe is not None and not self._probe.done(float("inf")):
-            self._probe.close()
+        if self._probe is not None:
+            self._probe.done(float("inf"))
 
     def _addresses(self, host: str) -> tuple[str, ...]:
         found = self._found.get(host)

@@ -9,12 +9,13 @@ from launcher.cluster.clock import ClockEstimate
 from launcher.cluster.connections import Connections, allow_connections
 from launcher.cluster.facts import HostFacts, differences
 from launcher.cluster.guests import Guests
-from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S
+from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S, NOT_LISTED
 from launcher.cluster.probe import probed_port
-from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError
+from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError, UsageError
 from launcher.evidence import ClockOffset, Evidence, HostReport, LostHost, whole_number
 from launcher.supervisor.coordinator import Coordinator
 from launcher.supervisor.group import Finish, Relayed, Stacks, Start, Stop, Sweep
+from launcher.topology import limit_slots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class Leader:
 
     def admit(self, host: str) -> str:
         if host not in self._names:
-            return f"{host} is not in the host list of {self.plan.host}"
+            return f"{host} {NOT_LISTED} of {self.plan.host}"
         if host == self.plan.host or host in self._members:
             return f"{host} is here already"
         if self._hosts:
@@ -387,7 +388,11 @@ class Leader:
         self._hosts = hosts
         slots = {host: member.slots for host, member in self._members.items()}
         slots[self.plan.host] = self.plan.slots
-        self._slots = tuple(slots[host] for host in hosts)
+        try:
+            self._slots = self._limited(tuple(slots[host] for host in hosts), attempt)
+        except UsageError as error:
+            self.failed(error)
+            raise
         without = [host for host in self.plan.hosts if host not in hosts]
         self._coordinator.begin(attempt, hosts)
         for member in self._members.values():
@@ -417,6 +422,11 @@ class Leader:
         )
         address = self.plan.master_address or own
         self._orders.append(Start(attempt, hosts, self._slots, address, self._port, own, line, own, store_port))
+
+    def _limited(self, slots: tuple[int, ...], attempt: int) -> tuple[int, ...]:
+        """The slots that are used. After a host was lost there may be fewer than were asked for."""
+        wanted = self.plan.processes
+        return limit_slots(slots, min(wanted, sum(slots)) if attempt > self._first_attempt else wanted)
 
     @property
     def leader_port(self) -> int:

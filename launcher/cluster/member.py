@@ -7,12 +7,12 @@ import socket
 import time
 
 from launcher.cluster import messages
-from launcher.cluster.options import FIRST_LINE_S, LATE_S, LINE_S, PORTS
+from launcher.cluster.options import FIRST_LINE_S, LATE_S, LINE_S, NOT_LISTED, PORTS
 from launcher.cluster.probe import Probe
 from launcher.cluster.resolve import Resolver
 from launcher.cluster.sockets import begin_connect, connect_error
 from launcher.cluster.wire import WRONG_SECRET, Channel
-from launcher.errors import ClusterError, LauncherError, StoppedError
+from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError
 from launcher.evidence import HostReport, LostHost
 from launcher.record import as_dict, replace
 from launcher.supervisor.group import Finish, Relayed, Stacks, Start, Stop, Sweep
@@ -54,6 +54,7 @@ class Member:
         self._channel: Channel | None = None
         self._ready = False  # the handshake is done, and hello is sent
         self._writing = False
+        self._warned = ""
         self._told = ""  # why the leader does not let this host in yet
         self._try = 0
         self._ports = min(PORTS, (1 << 16) - plan.leader_port)
@@ -194,6 +195,11 @@ class Member:
         return tuple(host for host in self._hosts if host != self._leader)
 
     @property
+    def enough(self) -> int:
+        """With how many hosts they may go on: more than half, lest a cut network leaves two groups at work."""
+        return max(self.plan.policy.min_hosts, len(self._hosts) // 2 + 1)
+
+    @property
     def loss(self) -> str:
         """What happened to the leader, in words."""
         return f"{self._leader} {self._lost.how}" if self._lost is not None else ""
@@ -329,7 +335,12 @@ class Member:
             self._lose_leader(how, silent=channel.cause == "unreachable", heard_s=channel.heard_s)
             return
         self._ready = False
-        if channel.cause == "bad-proof" or channel.refusal == WRONG_SECRET:
+        # Without a secret, it may be another job's leader that knows what anybody knows.
+        if channel.refusal_proven and self.plan.secret and NOT_LISTED in channel.refusal:
+            self._abort = RefusedError(f"{channel.closed}; the hosts must have the same host list")
+            return
+        if (channel.cause == "bad-proof" or channel.refusal == WRONG_SECRET) and channel.closed != self._warned:
+            self._warned = channel.closed  # said once, tried on
             self._say(f"WARNING: {channel.closed}")
         self._failed_try(now_s, self._told or channel.closed, heard=True)
         self._told = ""
@@ -437,8 +448,7 @@ class Member:
 
         report = self._report
         assert report is not None
-        enough = max(self.plan.policy.min_hosts, len(self._hosts) // 2 + 1)
-        may_go_on = self.plan.policy.min_hosts > 0 and len(self.left) >= enough and not report.stuck
+        may_go_on = self.plan.policy.min_hosts > 0 and len(self.left) >= self.enough and not report.stuck
         if self._lost is not None and may_go_on and not report.evidence.stop_signal:
             self.orphaned = True
             return
@@ -454,8 +464,11 @@ class Member:
     # ---- which hosts can be reached
 
     def _ask_peers(self) -> None:
-        if self._probe is None and self._peers:
-            self._probe = Probe(self._peers, self._peer_port, time.monotonic())
+        # Who never answered may sit behind a firewall: asking again would only hold the report back.
+        reachable = self._peers if self._reachable is None else self._reachable
+        asked = {host: address for host, address in self._peers.items() if host in reachable}
+        if self._probe is None and asked:
+            self._probe = Probe(asked, self._peer_port, time.monotonic())
             self._epoll.register(self._probe.fileno(), select.EPOLLIN)
 
     def _end_probe(self, probe: Probe) -> None:
@@ -463,7 +476,7 @@ class Member:
         answered = set(self._peers) - probe.silent
         if self._reachable is None:
             self._reachable = answered
-        # Who never answered may sit behind a firewall; who has stopped to answer is cut off.
+        # Who has stopped to answer is cut off.
         self._cut = tuple(sorted((self._reachable & self._peers.keys()) - answered))
         held, self._held = self._held, []
         for act in held:

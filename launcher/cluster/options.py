@@ -17,6 +17,8 @@ LATE_S = 2.5
 # While hosts are missing, and while hosts that are done wait for others, lines say so: after, and then this often.
 FIRST_LINE_S = 3.0
 LINE_S = 10.0
+# Of a leader's refusals the one that no waiting changes.
+NOT_LISTED = "is not in the host list"
 PORTS = 4  # the leader's port and the next ones
 
 
@@ -43,6 +45,7 @@ class ClusterPlan(Record):
         enough: with how many hosts to begin when others do not come in time.
         meet_again_s: what the hosts that are left need to stop their ranks and meet without their leader.
         free_layout: which ranks are on which host is not for the launchers to say, but for mpirun.
+        processes: ranks of the whole job, of fewer slots than there are; 0: as many as slots.
         because: why these hosts meet again, if they do; "" at first.
     """
 
@@ -65,5 +68,6 @@ class ClusterPlan(Record):
     enough: int
     meet_again_s: float
     free_layout: bool = False
+    processes: int = 0
     because: str = ""
     open_store: Callable[[str, Iterable[str]], int] = no_store

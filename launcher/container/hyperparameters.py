@@ -31,6 +31,8 @@ NAMED = (
     "default_user_module_name",
     "_tuning_objective_metric",
 )
+# For the launchers alone: of no use to the script, and not for its environment.
+LAUNCHERS_OWN = ("sagemaker_launcher_secret",)
 # Each asks for a way to run the script on several hosts; any of them switches "distribution" on for the group.
 DISTRIBUTION_FLAGS = (
     "sagemaker_mpi_enabled",
@@ -67,7 +69,7 @@ class Hyperparameters(Record):
     @property
     def framework(self) -> dict[str, Any]:
         """The reserved values that have no meaning of their own (``SM_FRAMEWORK_PARAMS``)."""
-        return {name: value for name, value in self.reserved.items() if name not in NAMED}
+        return {name: value for name, value in self.reserved.items() if name not in (*NAMED, *LAUNCHERS_OWN)}
 
     @property
     def distributed(self) -> bool:

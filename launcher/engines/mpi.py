@@ -251,23 +251,6 @@ def _open_mpi_options(
     return options
 
 
-def limit_slots(slots: Sequence[int], processes: int) -> tuple[int, ...]:
-    """Slots of each host when only ``processes`` ranks are wanted: host after host is filled; 0: all of them.
-
-    Raises:
-        UsageError: there are fewer slots than that.
-    """
-    if not processes:
-        return tuple(slots)
-    if processes > sum(slots):
-        raise UsageError(f"mpi_processes is {processes}, but the hosts have {sum(slots)} slots: {tuple(slots)}")
-    limited, left = [], processes
-    for count in slots:
-        limited.append(min(count, left))
-        left -= limited[-1]
-    return tuple(limited)
-
-
 # ---- ranks
 
 

@@ -341,13 +341,17 @@ class Adoption:
             self._tell_end(helper.connection, 127, f"{self.attempt.plan.host}: {text}")
         if slot == _MPIRUN:
             self._mpirun_ended = True
-        self.attempt.fail(text)
+        if self.attempt.running:  # else something before this has ended the attempt
+            self.attempt.fail(text)
 
     # ---- daemons
 
     def run_daemon(self, words: Sequence[str], connection: int) -> None:
         """Starts a daemon on this host for an agent on the first one. Its end is told, also when it never starts."""
         try:
+            host = self.plan.host_of(words)
+            if host != self.attempt.plan.host:
+                raise ValueError(f"it is for {host}")
             command = self.plan.daemon(words, self.plan.environ)
         except ValueError as error:
             self._tell_end(connection, 1, f"{self.attempt.plan.host} refuses to start a daemon: {error}")

@@ -196,6 +196,7 @@ class Attempt:
         if self.stage in (SWEEP, DONE) and term_ms:
             return
         self.stage = SWEEP
+        self._line_at_s = 0.0
         self._told_ns = self._told_ns or time.monotonic_ns()
         self.guardian.send("sweep", term_ms)
 

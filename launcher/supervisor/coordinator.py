@@ -105,9 +105,7 @@ class Coordinator:
     def quiet(self, host: str, still: bool) -> None:
         """When all hosts are quiet, the job hangs: one host that works is reason enough for the others to wait."""
         (self._quiet.add if still else self._quiet.discard)(host)
-        if self._progress is None and self._at_work and self._quiet.issuperset(self._at_work):
-            self._progress = {}
-            self._all.stacks()
+        self._suspect_hang()
 
     def stacked(self, host: str, progress: tuple[RankProgress, ...]) -> None:
         """A host's ranks have written their stacks."""
@@ -127,6 +125,7 @@ class Coordinator:
         self._at_work.discard(report.host)
         if report.evidence.launcher_error:
             self._stop(_SIGTERM, f"{report.host}: {report.evidence.launcher_error}: stopping all ranks")
+        self._suspect_hang()  # it may have been the last one at work
         self._conclude_hang()
         self._conclude()
 
@@ -146,11 +145,6 @@ class Coordinator:
     # ---- decisions
 
     @property
-    def finished(self) -> bool:
-        """Whether the verdict is out."""
-        return self._finished
-
-    @property
     def _several(self) -> bool:
         return len(self.hosts) > 1
 
@@ -158,6 +152,12 @@ class Coordinator:
         if not self._stopping and not self._finished:
             self._stopping = True
             self._all.stop(number, failure, line)
+
+    def _suspect_hang(self) -> None:
+        """When no host that is left is at work, all are asked where their ranks stand."""
+        if self._progress is None and not self._stopping and self._at_work and self._quiet >= self._at_work:
+            self._progress = {}
+            self._all.stacks()
 
     def _conclude_hang(self) -> None:
         if self._progress is None or self._hang or any(name not in self._progress for name in self._at_work):

@@ -142,7 +142,7 @@ class Supervisor:
                 self._zygote_lives = True
         attempt.start(zygote)
         if self._stop_signal:
-            attempt.stop(self._stop_signal, self.plan.grace_stop_s)
+            attempt.stop(_for_ranks(self._stop_signal), self.plan.grace_stop_s)
 
     def _prepare(self) -> None:
         """What can wait until the ranks are starting: signals, an init process's duties, the evidence's first state."""
@@ -184,7 +184,7 @@ class Supervisor:
         running = attempt is not None and attempt.stage == RUN
         times = [
             self.group.next_time(),
-            attempt.next_time() if attempt is not None else None,
+            attempt.next_time() if attempt is not None and not self._reported else None,
             # Later nobody looks: the time of the next look would pass, and the loop spin.
             watch.next_time() if watch is not None and running else None,
         ]
@@ -233,7 +233,8 @@ class Supervisor:
                     self._note_shared_memory()
                     if order.line:
                         self.say(order.line)
-                attempt.stop(order.number, self.plan.grace_failure_s if order.failure else self.plan.grace_stop_s)
+                grace_s = self.plan.grace_failure_s if order.failure else self.plan.grace_stop_s
+                attempt.stop(_for_ranks(order.number), grace_s)
             elif isinstance(order, Sweep):
                 if not self._forced:
                     self._forced = True
@@ -291,15 +292,13 @@ class Supervisor:
                 self.group.stopping(number, True)
             else:
                 self._stop_signal = number
-                # Python ranks know SIGINT as KeyboardInterrupt; everything else means: end, you have some time.
-                forward = number if number == 2 else SIGTERM
                 grace = self.plan.grace_stop_s
                 name = _NAMES.get(number, f"signal {number}")
                 if attempt.stage == RUN:
                     self.say(f"{name}: stopping all ranks, {grace:g} s until they are killed; once more kills them now")
                 else:
                     self.say(f"{name}: the ranks are being stopped already; once more kills them now")
-                attempt.stop(forward, grace)
+                attempt.stop(_for_ranks(number), grace)
                 self.group.stopping(number, False)
 
     # ---- evidence
@@ -319,7 +318,7 @@ class Supervisor:
         return HostReport(
             host=self.plan.host,
             attempt=attempt.number,
-            records=tuple(attempt.records.values()),
+            records=_without_doubles(tuple(attempt.records.values())),
             evidence=self._evidence(attempt),
             lasted_s=time.monotonic() - attempt.started_s,
             stuck=bool(attempt.stuck),
@@ -417,3 +416,14 @@ class Supervisor:
             raise InternalError(text)
         self._attempt.launcher_error = text
         self._attempt.abandon()
+
+
+def _for_ranks(number: int) -> int:
+    """Python ranks know SIGINT as KeyboardInterrupt; everything else means: end, you have some time."""
+    return number if number == _signal.SIGINT else SIGTERM
+
+
+def _without_doubles(records: tuple[ExitRecord, ...]) -> tuple[ExitRecord, ...]:
+    """``records`` less those of slots that mpirun never filled, where it had given their rank to another slot."""
+    ran = {record.rank for record in records if record.pid}
+    return tuple(record for record in records if record.pid or record.rank not in ran)

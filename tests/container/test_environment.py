@@ -44,6 +44,13 @@ def test_sdk_v3_variables(tree: Any) -> None:
     assert {name: found[name] for name in expected} == expected
 
 
+def test_launchers_secret_is_not_for_the_script(tree: Any) -> None:
+    hyperparameters = {"sagemaker_launcher_secret": "8c1f", "sagemaker_other": "told"}
+    found = sm_environment(read(str(tree(HOSTS, hyperparameters=hyperparameters)), {}), num_cpus=1)
+    assert "told" in found["SM_FRAMEWORK_PARAMS"]
+    assert not [name for name, value in found.items() if "8c1f" in value]
+
+
 def test_entry_point_of_the_command_line_wins(tree: Any) -> None:
     container = read(str(tree(HOSTS, hyperparameters={"sagemaker_program": "t.py"})), {})
     found = sm_environment(container, num_cpus=1, user_entry_point="dir/other.py")

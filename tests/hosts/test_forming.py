@@ -385,3 +385,18 @@ def test_with_a_secret_no_line_says_so(make_hosts):
     hosts.script(MEET + "\n    assert 'LAUNCHER_SECRET' not in os.environ\n")
     assert hosts.run_all("-n", "2", "train.py", env={"LAUNCHER_SECRET": "of both hosts"}) == [0, 0], hosts.output()
     assert "secret" not in hosts.output().lower()
+
+
+def test_host_that_is_not_in_the_leaders_list(make_hosts):
+    """Row 36: it is told so at once by a leader that knows the secret; the job of the others is not touched."""
+    hosts = make_hosts(3)
+    hosts.script("print('trained')")
+    for host in hosts[:2]:
+        host.resources(hosts=["algo-1", "algo-2"])
+    secret = {"LAUNCHER_SECRET": "0f9a7c"}
+    hosts[0].start("-n", "1", "train.py", env=secret)
+    hosts[2].start("-n", "1", "train.py", env=secret)
+    assert hosts[2].wait() == 77, hosts[2].output()
+    assert "algo-3 is not in the host list of algo-1" in hosts[2].failure
+    hosts[1].start("-n", "1", "train.py", env=secret)
+    assert [host.wait() for host in hosts[:2]] == [0, 0], hosts.output()

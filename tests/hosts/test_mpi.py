@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -156,3 +157,24 @@ def test_another_layout_of_ranks(make_hosts: Any, mpirun: Path) -> None:
     assert hosts.wait_all() == [0, 0], hosts.output()
     assert '[1, "1", "0", "algo-2", "eth0"], [2, "2", "1", "algo-1", "eth0"]' in hosts[0].stdout
     assert "[algo-2 r1 l0]" not in hosts[0].stdout
+
+
+@pytest.mark.parametrize(("processes", "places"), [("2", [(0, "algo-1"), (1, "algo-1")]), ("3", [(2, "algo-2")])])
+def test_fewer_ranks_than_slots(make_hosts: Any, mpirun: Path, processes: str, places: list[tuple[int, str]]) -> None:
+    """Host after host is filled; one that is left without a rank waits for the others."""
+    hosts = make_hosts(2)
+    hosts.script(TALK)
+    start(hosts, mpirun, "-n", "2", "--mpi-processes", processes, "train.py")
+    assert hosts.wait_all() == [0, 0], hosts.output()
+    line = hosts[0].wait_for_line("names")
+    names = json.loads(line[line.index("names ") + 6 :])
+    assert len(names) == int(processes)
+    assert set(places) <= {(rank, host) for rank, _, _, host, _ in names}
+
+
+def test_more_ranks_than_slots(make_hosts: Any, mpirun: Path) -> None:
+    hosts = make_hosts(2)
+    hosts.script(TALK)
+    start(hosts, mpirun, "-n", "1", "--mpi-processes", "3", "train.py")
+    assert hosts.wait_all() == [64, 64], hosts.output()
+    assert "mpi_processes is 3, but the hosts have 2 slots" in hosts[1].failure
