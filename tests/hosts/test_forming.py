@@ -248,6 +248,10 @@ BAD = {
     "current_host of another job": ({"current_host": "algo-9"}, "current_host"),
     "a host twice": ({"hosts": ["algo-1", "algo-2", "algo-2"]}, "hosts"),
     "a number": ({"hosts": ["algo-1", 2]}, "hosts"),
+    "a group of other hosts": (
+        {"instance_groups": [{"instance_group_name": "extra", "instance_type": "ml.m5.large", "hosts": ["algo-7"]}]},
+        "instance_groups[0].hosts[0]",
+    ),
     "half": ({}, "resourceconfig.json"),
 }
 
