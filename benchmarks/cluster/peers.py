@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from contenders import open_mpi
 
 # For mpirun, in place of ssh: enters the host that it is asked for. Costs nothing of what ssh costs.
 AGENT = """#!/bin/sh
@@ -68,7 +68,7 @@ def _launcher_mpi() -> Peer | None:
         words = [sys.executable, "-m", "launcher", "--engine", "mpi", "--nproc-per-node", str(request.ranks)]
         return [[*words, *request.program] for _ in request.hosts]
 
-    version, found = _version("mpi4py"), _mpirun_program()
+    version, found = _version("mpi4py"), open_mpi()
     return Peer("launcher --engine mpi", f"mpi4py {version}, {found[1]}", commands) if version and found else None
 
 
@@ -92,20 +92,8 @@ def _c10d(request: Request, number: int) -> list[str]:
     return ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{request.hosts[0]}:{request.port}", "--rdzv-id", "bench"]
 
 
-def _mpirun_program() -> tuple[str, str] | None:
-    """(path, version) of Open MPI's mpirun; None when there is none."""
-    beside = Path(sys.executable).parent / "mpirun"
-    program = str(beside) if beside.exists() else shutil.which("mpirun")
-    if program is None:
-        return None
-    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    if "Open MPI" not in answer:
-        return None  # the options below are Open MPI's
-    return program, answer.splitlines()[0].replace("mpirun (", "").replace(")", "")
-
-
 def _mpirun() -> Peer | None:
-    found = _mpirun_program()
+    found = open_mpi()
     if found is None:
         return None
     program, version = found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import json
 import os
 import statistics
 import sys
@@ -26,7 +25,7 @@ sys.path.append(str(_HERE.parent / "launch"))  # jobs.py and report.py of the be
 import two_hosts  # noqa: E402
 from jobs import RunFailed  # noqa: E402
 from peers import MAKERS, Peer, Request, find_peers  # noqa: E402
-from report import machine  # noqa: E402
+from report import machine, write  # noqa: E402
 from scale import scale, sizes_here  # noqa: E402
 from stage import Stage, load_netns  # noqa: E402
 from tables import TABLES, Sample, Samples, markdown, values  # noqa: E402
@@ -223,12 +222,7 @@ def main() -> None:
         for name, by_label in samples.items()
     }
     result |= {"failures": failures, "samples": samples}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    text = markdown(result)
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(text)
-    print(text)
-    print(f"written: {args.out}.json and {args.out}.md", file=sys.stderr)
+    write(args.out, result, markdown(result))
     sys.exit(1 if failures else 0)
 
 

@@ -60,17 +60,26 @@ def _accelerate() -> Contender | None:
     return Contender("accelerate", (*argv, *quiet), f"accelerate {version}")
 
 
-def _mpirun() -> Contender | None:
+def open_mpi() -> tuple[str, str] | None:
+    """(path, version) of Open MPI's mpirun; None when there is none."""
     beside = Path(sys.executable).parent / "mpirun"
     program = str(beside) if beside.exists() else shutil.which("mpirun")
     if program is None:
         return None
     answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
     if "Open MPI" not in answer:
-        return None  # the options below are Open MPI's
+        return None  # the options that it is given are Open MPI's
+    return program, answer.splitlines()[0].replace("mpirun (", "").replace(")", "")
+
+
+def _mpirun() -> Contender | None:
+    found = open_mpi()
+    if found is None:
+        return None
+    program, version = found
     root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
     argv = (program, *root, "--oversubscribe", "--bind-to", "none", "-n", "{n}")
-    return Contender("mpirun", argv, answer.splitlines()[0].replace("mpirun (", "").replace(")", ""), True)
+    return Contender("mpirun", argv, version, True)
 
 
 def _shell() -> Contender:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -176,3 +177,12 @@ def markdown(result: dict[str, Any]) -> str:
 def invocation() -> str:
     """The command line of this benchmark, for the reader who wants to repeat it."""
     return " ".join(["python", "benchmarks/launch/run.py", *sys.argv[1:]])
+
+
+def write(out: Path, result: dict[str, Any], text: str) -> None:
+    """Writes ``OUT.json`` and ``OUT.md``, and prints the tables."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    out.with_suffix(".md").write_text(text)
+    print(text)
+    print(f"written: {out}.json and {out}.md", file=sys.stderr)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import json
 import os
 import statistics
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 from cases import CASES, Case, Sample, Variant
 from contenders import MAKERS, find_contenders
 from jobs import RunFailed
-from report import Samples, invocation, machine, markdown
+from report import Samples, invocation, machine, markdown, write
 
 RESULTS = Path(__file__).resolve().parent / "results"
 QUICK_RUNS = 3
@@ -128,12 +127,7 @@ def main() -> None:
         for name, by_label in samples.items()
     }
     result |= {"failures": failures, "samples": samples}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    text = markdown(result)
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(text)
-    print(text)
-    print(f"written: {args.out}.json and {args.out}.md", file=sys.stderr)
+    write(args.out, result, markdown(result))
     sys.exit(1 if failures else 0)
 
 

@@ -9,7 +9,7 @@ from launcher.cluster.clock import ClockEstimate
 from launcher.cluster.connections import Connections, allow_connections
 from launcher.cluster.facts import HostFacts, differences
 from launcher.cluster.guests import Guests
-from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S, NOT_LISTED
+from launcher.cluster.options import FIRST_LINE_S, HEARTBEAT_S, LATE_S, LINE_S, NOT_LISTED, SLEPT_S
 from launcher.cluster.probe import probed_port
 from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError, UsageError
 from launcher.evidence import ClockOffset, Evidence, HostReport, LostHost, whole_number
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 _CLOSE_S = 5.0
 # In jobs of this size at most, all pairs of hosts are asked whether they reach each other.
 _PROBED_HOSTS = 32
-# Without a turn for this long, this process was stopped or starved: silence of others proves nothing.
-_SLEPT_S = 2.0
 _FIRST_PINGS = 4
 # Of one thing that another host has sent.
 _SHOWN_CHARACTERS = 300
@@ -94,7 +92,7 @@ class Leader:
     def serve(self, now_s: float) -> Sequence[Order]:
         self._connections.serve(now_s)
         self._guests.serve(now_s, () if self._hosts else self._missing())
-        if now_s - self._served_s > _SLEPT_S:
+        if now_s - self._served_s > SLEPT_S:
             for member in self._members.values():
                 member.channel.heard_s = max(member.channel.heard_s, now_s)
         self._served_s = now_s

@@ -7,7 +7,7 @@ import socket
 import time
 
 from launcher.cluster import messages
-from launcher.cluster.options import FIRST_LINE_S, LATE_S, LINE_S, NOT_LISTED, PORTS
+from launcher.cluster.options import FIRST_LINE_S, LATE_S, LINE_S, NOT_LISTED, PORTS, SLEPT_S
 from launcher.cluster.probe import Probe
 from launcher.cluster.resolve import Resolver
 from launcher.cluster.sockets import begin_connect, connect_error
@@ -30,7 +30,6 @@ _SIGTERM = 15
 # Between two tries to reach the leader: short at first, when all hosts start at once.
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.02, 1.0
 _CONNECT_S = 2.0
-_SLEPT_S = 2.0
 _CLOSE_S = 2.0
 
 
@@ -112,7 +111,7 @@ class Member:
                 self._connected(now_s)
             elif self._channel is not None and fd == self._channel.fileno():
                 self._serve_channel(events, now_s)
-        slept, self._served_s = now_s - self._served_s > _SLEPT_S, now_s
+        slept, self._served_s = now_s - self._served_s > SLEPT_S, now_s
         if self._channel is not None and slept:
             self._channel.heard_s = max(self._channel.heard_s, now_s)
         if self._probe is not None and self._probe.done(now_s):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # A ping goes to every member this often; a host is warned of when two are missing.
 HEARTBEAT_S = 1.0
 LATE_S = 2.5
+# Without a turn for this long, this process was stopped or starved: silence of others proves nothing.
+SLEPT_S = 2.0
 # While hosts are missing, and while hosts that are done wait for others, lines say so: after, and then this often.
 FIRST_LINE_S = 3.0
 LINE_S = 10.0

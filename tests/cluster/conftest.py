@@ -7,12 +7,15 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.cluster import wire
 from launcher.cluster.wire import Channel
+
+from .fleet import Fleet
 
 KEY = b"k" * 32
 JOB = "job-1"
@@ -152,3 +155,17 @@ def wires(wait_until: Callable[..., Any]) -> Iterator[Wires]:
         channel.close("the test is over")
     for sock in made.sockets:
         sock.close()
+
+
+@pytest.fixture
+def make_fleet(make_job: Any, wait_until: Any, tmp_path: Path) -> Iterator[Callable[[int], Fleet]]:
+    """Real launchers on loopback addresses; gone when the test is over."""
+    made: list[Fleet] = []
+
+    def make(count: int) -> Fleet:
+        made.append(Fleet(make_job, wait_until, tmp_path, count))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.close()

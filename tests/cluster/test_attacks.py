@@ -9,8 +9,7 @@ from __future__ import annotations
 import random
 import struct
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,19 +21,6 @@ from .fleet import RELAY, SECRET, FakeLeader, Fleet, Peer, Relay, Stranger, fram
 
 EXIT_CLUSTER = 69
 NONE_AT_ALL = "127.0.7.7"  # no host's address
-
-
-@pytest.fixture
-def make_fleet(make_job: Any, wait_until: Any, tmp_path: Path) -> Iterator[Callable[[int], Fleet]]:
-    made: list[Fleet] = []
-
-    def make(count: int) -> Fleet:
-        made.append(Fleet(make_job, wait_until, tmp_path, count))
-        return made[-1]
-
-    yield make
-    for fleet in made:
-        fleet.close()
 
 
 @pytest.fixture

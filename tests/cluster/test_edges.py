@@ -5,28 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .fleet import RUN_ID, SECRET, Fleet, Stranger
+from .fleet import RUN_ID, SECRET, Stranger
 
 EXIT_CLUSTER = 69
-
-
-@pytest.fixture
-def make_fleet(make_job: Any, wait_until: Any, tmp_path: Path) -> Iterator[Callable[[int], Fleet]]:
-    made: list[Fleet] = []
-
-    def make(count: int) -> Fleet:
-        made.append(Fleet(make_job, wait_until, tmp_path, count))
-        return made[-1]
-
-    yield make
-    for fleet in made:
-        fleet.close()
 
 
 # ---- signals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -46,6 +47,19 @@ class Group:
 
     def empty(self) -> bool:
         return not (self.path / "cgroup.procs").read_text().strip()
+
+
+def memory_group(name, limit, wait_until):
+    """For a fixture to yield from: one group, whose processes are gone and which is removed when the test is over."""
+    try:
+        group = Group(f"launcher-{name}-{os.getpid()}", limit)
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here, neither version 1 nor 2: {error}")
+    yield group
+    for pid in (group.path / "cgroup.procs").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)  # the test failed half-way
+    wait_until(group.empty, f"the end of all processes in {group.path}")
+    group.path.rmdir()
 
 
 @pytest.fixture

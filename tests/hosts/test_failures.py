@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from ..faults.test_memory import Group
+from ..faults.test_memory import memory_group
 
 pytestmark = pytest.mark.root
 
@@ -153,15 +153,7 @@ def test_sigkill_from_outside(make_hosts):
 @pytest.fixture
 def small_host(as_root, wait_until):
     """A memory cgroup; removed when the test is over."""
-    try:
-        group = Group(f"launcher-hosts-{os.getpid()}", 150 << 20)
-    except OSError as error:
-        pytest.skip(f"no memory cgroup can be made here, neither version 1 nor 2: {error}")
-    yield group
-    for pid in (group.path / "cgroup.procs").read_text().split():
-        os.kill(int(pid), signal.SIGKILL)  # the test failed half-way
-    wait_until(group.empty, f"the end of all processes in {group.path}")
-    group.path.rmdir()
+    yield from memory_group("hosts", 150 << 20, wait_until)
 
 
 def test_oom_kill_on_the_other_host(small_host, make_hosts):

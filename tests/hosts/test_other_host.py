@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from ..faults.test_environment import _children
 from ..faults.test_logs import _rss_kib
-from ..faults.test_memory import CHILD, MIB, Group
+from ..faults.test_memory import CHILD, MIB, Group, memory_group
 from ..faults.test_process_tree import _v1_cgroup
 from ..faults.test_signals import FILL
 
@@ -28,15 +27,7 @@ STACK = "(most recent call first)"
 @pytest.fixture
 def limited(as_root, wait_until) -> Iterator[Group]:
     """A memory cgroup of 200 MiB; removed when the test is over."""
-    try:
-        group = Group(f"launcher-other-host-{os.getpid()}", 200 * MIB)
-    except OSError as error:
-        pytest.skip(f"no memory cgroup can be made here, neither version 1 nor 2: {error}")
-    yield group
-    for pid in (group.path / "cgroup.procs").read_text().split():
-        os.kill(int(pid), signal.SIGKILL)  # the test failed half-way
-    wait_until(group.empty, f"the end of all processes in {group.path}")
-    group.path.rmdir()
+    yield from memory_group("other-host", 200 * MIB, wait_until)
 
 
 @pytest.mark.slow
