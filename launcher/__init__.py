@@ -10,12 +10,25 @@ from launcher._version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from launcher.api import Result, launch
-    from launcher.errors import JobFailed, LauncherError
+    from launcher.collectives.communicator import Communicator
+    from launcher.errors import CollectiveError, JobFailed, LauncherError
     from launcher.rank.context import Context, init
 
-__all__ = ["Context", "JobFailed", "LauncherError", "Result", "__version__", "init", "launch"]
+__all__ = [
+    "CollectiveError",
+    "Communicator",
+    "Context",
+    "JobFailed",
+    "LauncherError",
+    "Result",
+    "__version__",
+    "init",
+    "launch",
+]
 
 _HOMES = {
+    "CollectiveError": "launcher.errors",
+    "Communicator": "launcher.collectives.communicator",
     "Context": "launcher.rank.context",
     "JobFailed": "launcher.errors",
     "LauncherError": "launcher.errors",

@@ -115,6 +115,7 @@ def group_of(
         crash_loop_s=spec["crash_loop_s"],
         early_exit=spec["early_exit"],
         hang_timeout_s=spec["hang_timeout"],
+        straggler_window_s=spec["straggler_window"],
         min_hosts=0 if len(topology.hosts) < 2 else host_lists.fewest(spec.settings, spec.hosts),
     )
     if len(topology.hosts) < 2:
@@ -151,6 +152,7 @@ def host_plan(prepared: Prepared, handle_signals: bool, library: bool) -> HostPl
         grace_failure_s=prepared.grace_failure_s,
         grace_stop_s=prepared.grace_stop_s,
         hang_timeout_s=spec["hang_timeout"],
+        straggler_window_s=spec["straggler_window"],
         early_exit=spec["early_exit"],
         preload=spec["preload"],
         mpi=(lambda start: _mpi_plan(prepared, start)) if prepared.mpi is not None else None,

@@ -18,6 +18,14 @@ PEER_LOST = re.compile(
 # What a rank's NCCL watchdog says when the others did not come: number and kind of the collective.
 WATCHDOG = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\(SeqNum=(\d{1,20}), OpType=(\w{1,40})")
 
+# How a collective of ours ends on the ranks that cannot finish it: its name and number, the rank to blame and its host
+# (CollectiveError; other libraries wrap it in errors of their own, so its class is not asked for).
+COLLECTIVE = re.compile(
+    r"\b(?P<operation>join|barrier|allreduce|reduce_scatter|all_gather|broadcast|reduce|all_to_all) #"
+    r"(?P<sequence>\d{1,19})(?: of [\d,]{1,27} B)?: "
+    r"(?P<reason>rank (?P<rank>\d{1,9})\b(?: on (?P<host>[^\s,:;()]{1,255}))?[^\n]{1,300})"
+)
+
 # (pattern, what it is, what to do). The first that is found wins, so the specific ones come first.
 _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), text)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m launcher [run|train|plan|simulate] [options] SCRIPT ...``."""
+"""The command line: ``python -m launcher [run|train|plan|simulate|bench] [options] SCRIPT ...``."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
             from launcher.simulate import simulate
 
             return simulate(line, os.environ, _log)
+        if line.command == "bench":
+            from launcher.collectives.bench import bench
+
+            return _show(bench(line, _log))
         return _plan(line) if line.command == "plan" else _run(line)
     except LauncherError as error:
         _log(f"error: {error}")

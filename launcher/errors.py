@@ -89,6 +89,38 @@ class InternalError(LauncherError):
     exit_code = EXIT_INTERNAL
 
 
+class CollectiveError(LauncherError):
+    """A collective could not be finished. The group is unusable from then on, on every rank of it.
+
+    Attributes:
+        reason: ``lost`` (a rank's process ended), ``left`` (a rank closed its end, or gave the group up), ``timeout``
+            (a rank was not seen in time), ``mismatch`` (a rank called something else), ``interrupted`` (this rank
+            itself stopped waiting), ``closed`` (the call came after the end of the group), ``system`` (the operating
+            system refused something the group needs).
+        rank: the culprit, as the job numbers it; -1: not known.
+        host: the culprit's host; ``""``: not known.
+        operation: the collective, ``join`` while the group was being made.
+        sequence: number of that collective in its group, from 1; 0 while the group was being made.
+    """
+
+    exit_code = EXIT_CLUSTER
+
+    def __init__(
+        self,
+        message: str,
+        reason: str = "system",
+        rank: int = -1,
+        host: str = "",
+        operation: str = "",
+        sequence: int = 0,
+    ) -> None:
+        self.reason, self.rank, self.host, self.operation, self.sequence = reason, rank, host, operation, sequence
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[CollectiveError], tuple[str, str, int, str, str, int]]:
+        return type(self), (str(self), self.reason, self.rank, self.host, self.operation, self.sequence)
+
+
 class JobFailed(LauncherError):
     """The job ended with a failure. ``verdict`` names the root cause; ``exit_code`` is the culprit's."""
 

@@ -28,6 +28,9 @@ class ExitRecord(Record):
         message, where, traceback, thread: from its error file; "" without one.
         waited_for: the collective that its watchdog gave up waiting in, in words; "" for none.
         phase: of its status page; None for ranks that keep none (binaries, shell scripts).
+        operation, sequence: its last collective, "" and 0 for none; of those that tell (launcher's own do).
+        collective_phase: what it did in that when it ended, in words; "": it had left it.
+        waited_ns: time it has waited for other ranks in collectives.
         max_rss_kib: peak resident memory of the rank itself, KiB.
     """
 
@@ -55,6 +58,10 @@ class ExitRecord(Record):
     stderr_tail: str = ""
     error_file: str = ""
     note: str = ""
+    operation: str = ""
+    sequence: int = 0
+    collective_phase: str = ""
+    waited_ns: int = 0
 
     @property
     def failed(self) -> bool:
@@ -134,6 +141,7 @@ class Evidence(Record):
         stop_reason, stop_code: why the ranks were stopped, and the exit code, where no rank's end explains it.
         lost_hosts, clocks: of a job of several hosts.
         cut_links: pairs of hosts that could not reach each other when they were asked to.
+        straggler: the rank that the others waited for through the attempt, in words; "" for none.
     """
 
     stop_signal: int = 0
@@ -157,6 +165,7 @@ class Evidence(Record):
     lost_hosts: tuple[LostHost, ...] = ()
     clocks: tuple[ClockOffset, ...] = ()
     cut_links: tuple[tuple[str, str], ...] = ()
+    straggler: str = ""
 
 
 class Verdict(Record):
@@ -190,13 +199,24 @@ class RankProgress(Record):
     """Where a rank stands when nothing moves any more.
 
     Attributes:
-        inside: number of the collective that it waits in; None: it is in none, or tells nothing.
+        inside: number of the collective that it is in; None: it is in none, or tells nothing.
         step: steps that it has reported.
+        operation, last: name and number of the last collective that it has entered; "" and 0 for none.
+        bytes: of that collective. doing: what it does inside, in words. inside_s: for how long.
+        waiting_for: the rank that it waits for; -1: none, or not known.
+        host: of the rank; who receives it fills it in.
     """
 
     rank: int
     inside: int | None
     step: int
+    operation: str = ""
+    last: int = 0
+    bytes: int = 0
+    doing: str = ""
+    inside_s: float = 0.0
+    waiting_for: int = -1
+    host: str = ""
 
 
 class HostReport(Record):

@@ -40,6 +40,7 @@ _OWN_VARIABLES = (
     "LAUNCHER_SECRET",
     "LAUNCHER_STATUS_PAGE",
     "LAUNCHER_STOP_DEADLINE",
+    "LAUNCHER_ZERO_COPY",
 )
 
 
@@ -119,6 +120,13 @@ def resolve(
         entry = _contract_entry(facts, python, environ, log, prepare=line.command != "plan")
     if settings["preload"].value and entry.kind == COMMAND:
         log("--preload has no effect: the entry point is not run by Python")
+    if settings["horovod_compat"].value != "off":
+        if entry.kind == COMMAND:
+            log("--horovod-compat has no effect: the entry point is not run by Python")
+        if settings["engine"].value == "horovod":
+            raise UsageError(
+                "--engine horovod runs an installed Horovod, --horovod-compat is for a job without one: leave one out"
+            )
     if "rdzv_endpoint" in cli and hosts.named:
         log(f"--rdzv-endpoint has no effect: the hosts are those of {hosts.source}")
     node_rank = settings["node_rank"].value

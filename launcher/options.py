@@ -18,7 +18,8 @@ class Option(Record):
     """One setting. ``name`` is its YAML key and, with dashes, its option; ``LAUNCHER_<NAME>`` is its variable.
 
     ``pet`` is torchrun's variable for the same thing (``PET_<NAME>``), ``hyperparameter`` the reserved one of the
-    platform. ``kind``: ``text``, ``int``, ``seconds``, ``flag``, ``choice`` or ``pairs`` (repeatable NAME=VALUE).
+    platform. ``kind``: ``text``, ``int``, ``seconds``, ``flag``, ``choice``, ``mode`` (a choice with "off",
+    whose bare option, or "true", is the second one) or ``pairs`` (repeatable NAME=VALUE).
     """
 
     name: str
@@ -96,6 +97,14 @@ _STOP = (
         "seconds",
         1800.0,
         "no log, no step, no CPU and no I/O in any rank for this long is a hang; 0: never",
+        "SECONDS",
+        group="failures and stops",
+    ),
+    Option(
+        "straggler_window",
+        "seconds",
+        60.0,
+        "how often to look for a rank that the others wait for in collectives; 0: never",
         "SECONDS",
         group="failures and stops",
     ),
@@ -317,6 +326,14 @@ _ENGINE = (
         choices=("auto", "gloo", "mpi"),
         group="engine",
     ),
+    Option(
+        "horovod_compat",
+        "mode",
+        "off",
+        "`import horovod.torch` is the launcher's own where Horovod is not installed; force: everywhere",
+        choices=("off", "auto", "force"),
+        group="engine",
+    ),
 )
 
 OPTIONS: tuple[Option, ...] = (*_RUN, *_STOP, *_LOGS, *_RANKS, *_HOSTS, *_ENGINE)
@@ -407,6 +424,13 @@ def _choice(option: Option, raw: object) -> str:
     return value
 
 
+def _mode(option: Option, raw: object) -> str:
+    text = str(raw)
+    if text in _TRUE:
+        return option.choices[1]
+    return option.choices[0] if text in _FALSE else _choice(option, text)
+
+
 def _pairs(option: Option, raw: object) -> dict[str, str]:
     if isinstance(raw, dict):
         return {str(key): str(value) for key, value in raw.items()}
@@ -427,6 +451,7 @@ _CONVERTERS: Mapping[str, Callable[[Option, object], object]] = {
     "seconds": _seconds,
     "flag": _flag,
     "choice": _choice,
+    "mode": _mode,
     "pairs": _pairs,
 }
 
@@ -434,7 +459,8 @@ _CONVERTERS: Mapping[str, Callable[[Option, object], object]] = {
 class CommandLine(Record):
     """A parsed command line: ``given`` raw values by option name, ``ignored`` torchrun options that were given.
 
-    ``directory`` is the ``--dir`` of ``simulate``, whose ``hosts`` are a number.
+    ``directory`` is the ``--dir`` of ``simulate``, whose ``hosts`` are a number; ``sizes`` and ``output`` are of
+    ``bench``, whose ``script`` is what to measure.
     """
 
     command: str
@@ -446,9 +472,14 @@ class CommandLine(Record):
     help: bool = False
     version: bool = False
     directory: str = ""
+    sizes: str = ""
+    output: str = ""
 
 
-COMMANDS = ("run", "train", "plan", "simulate")
+COMMANDS = ("run", "train", "plan", "simulate", "bench")
+# Options that one command has for itself, each with a value.
+_OWN: dict[str, tuple[str, ...]] = {"simulate": ("dir",), "bench": ("sizes", "output")}
+_AS_JSON = ("plan", "bench")
 
 
 def parse(argv: list[str]) -> CommandLine:
@@ -463,10 +494,11 @@ def parse(argv: list[str]) -> CommandLine:
         command = words.pop(0)
     if command == "plan" and words[:1] == ["train"]:
         words.pop(0)  # `plan` without a script shows what `train` would do
+    script = words.pop(0) if command == "bench" and words and not words[0].startswith("-") else ""
     flags: dict[str, bool] = {"json": False, "help": False, "version": False}
+    own: dict[str, str] = {}
     given: dict[str, object] = {}
     ignored: list[str] = []
-    directory = ""
     while words and words[0].startswith("-") and words[0] != "-":
         word = words.pop(0)
         if word == "--":
@@ -474,19 +506,19 @@ def parse(argv: list[str]) -> CommandLine:
         name, equals, inline = word.partition("=")
         key = {"-h": "help"}.get(name, name[2:] if name.startswith("--") else "")
         if key in flags:
-            if key == "json" and command != "plan":
-                raise UsageError("--json belongs to `plan`: python -m launcher plan --json ...")
+            if key == "json" and command not in _AS_JSON:
+                raise UsageError("--json belongs to `plan` and `bench`: python -m launcher plan --json ...")
             flags[key] = True
             continue
-        if key == "dir" and command == "simulate":
-            directory = inline if equals else _value(words, name)
+        if key in _OWN.get(command, ()):
+            own[key] = inline if equals else _value(words, name)
             continue
         option, value = _match(name), inline if equals else None
         if isinstance(option, str):
             if IGNORED[option] and value is None:
                 _value(words, name)
             ignored.append(name)
-        elif option.kind == "flag":
+        elif option.kind in ("flag", "mode"):
             given[option.name] = True if value is None else value
         else:
             text = value if value is not None else _value(words, name)
@@ -495,9 +527,20 @@ def parse(argv: list[str]) -> CommandLine:
                 given[option.name].append(text)  # type: ignore[attr-defined]
             else:
                 given[option.name] = text
-    script = words.pop(0) if words else ""
+    if not script and words:
+        script = words.pop(0)
     return CommandLine(
-        command, given, tuple(ignored), script, tuple(words), flags["json"], flags["help"], flags["version"], directory
+        command,
+        given,
+        tuple(ignored),
+        script,
+        tuple(words),
+        flags["json"],
+        flags["help"],
+        flags["version"],
+        own.get("dir", ""),
+        own.get("sizes", ""),
+        own.get("output", ""),
     )
 
 
@@ -529,6 +572,8 @@ def usage() -> str:
         "       python -m launcher plan [--json] [options] [SCRIPT ...]   show every decision, run nothing",
         "                                                        (without a script: what train would do)",
         "       python -m launcher simulate --hosts N [--dir DIR] [options] SCRIPT ...   N hosts on this one",
+        "       python -m launcher bench collectives [--nproc N] [--sizes 1K,64K,25M] [--output FILE] [--json]",
+        "                                                        what allreduce gives on this machine, with a chart",
         "",
         "Starts and supervises every rank of a training job on this host, and says in one line what went wrong.",
         "Options before the script are the launcher's, after it the script's. Each can also be set as",
@@ -543,8 +588,10 @@ def usage() -> str:
             (*(alias for alias in option.aliases if len(alias) == 2), "--" + option.name.replace("_", "-"))
         )
         value = option.metavar or ("{" + ",".join(option.choices) + "}" if option.choices else "")
+        if option.kind == "mode":
+            value = "[=" + "|".join(option.choices) + "]"
         default = f" [{option.default}]" if option.kind != "flag" and option.default not in ("", None, {}) else ""
-        head = f"  {names} {value}".rstrip()
+        head = f"  {names}{'' if option.kind == 'mode' else ' '}{value}".rstrip()
         lines.append(
             f"{head:<32} {option.help}{default}" if len(head) < 32 else f"{head}\n{'':<32} {option.help}{default}"
         )

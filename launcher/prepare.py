@@ -24,6 +24,7 @@ GRACE_AFTER_FAILURE_S = 30.0
 _NOT_FOR_RANKS = (
     "LAUNCHER_SECRET",
     # Left by a launcher above this one, or by torchrun: nothing of it is true for these ranks.
+    "LAUNCHER_HOROVOD_COMPAT",
     "LAUNCHER_STATUS_PAGE",
     "LAUNCHER_RESULT",
     "TORCHELASTIC_ERROR_FILE",
@@ -170,6 +171,8 @@ def _shared_environ(
         LAUNCHER_STOP_DEADLINE=os.path.join(run_dir, "stop_deadline_ns"),
         LAUNCHER_CHECKPOINT_DIR=spec.container.paths.checkpoints_dir,
     )
+    if spec["horovod_compat"] != "off":
+        shared["LAUNCHER_HOROVOD_COMPAT"] = spec["horovod_compat"]
     contract.check_lengths(shared)
     return shared
 

@@ -125,6 +125,8 @@ def _conclude(prepared: Prepared, verdict: Verdict, stale: StaleMark, say: Any) 
             contract.write_success(paths)
         except OutputError as error:
             say(f"the job succeeded, but {error}")
+        if verdict.evidence.straggler:
+            say(verdict.evidence.straggler)
         return
     from launcher.record import as_dict
     from launcher.report import summary

@@ -11,7 +11,7 @@ import re
 import signal
 
 from launcher import errors
-from launcher.causes import PEER_LOST, known_cause, signal_reason
+from launcher.causes import COLLECTIVE, PEER_LOST, known_cause, signal_reason
 from launcher.evidence import EXIT, SIGNAL, Evidence, ExitRecord, LostHost, Verdict
 from launcher.record import replace
 
@@ -65,6 +65,10 @@ def judge(
     if absent is not None and culprit is not None:
         headline = f"{_name(absent[0])} did not reach {absent[1]}"
         return _finish("rank", culprit.exit_code, headline, absent[0], victims, ordered, evidence, program)
+    accused = _accused(ordered) if innocent and not evidence.stop_signal else None
+    if accused is not None and culprit is not None:
+        headline, suspect = accused
+        return _finish("rank", culprit.exit_code, headline, suspect, victims, ordered, evidence, program)
     if culprit is not None and (not evidence.stop_signal or culprit.rank not in victims):
         code = evidence.aborted_code if culprit.rank == evidence.aborted_rank else culprit.exit_code
         headline = f"{_name(culprit)} {_what(culprit, own, evidence)}"
@@ -72,7 +76,8 @@ def judge(
     early = [record for record in ordered if record.left_early]
     # The last one to leave deserted nobody; and when all leave so, it is the script's way to end.
     stayed_ns = [record.ended_ns for record in ordered if not record.left_early]
-    deserted = early and stayed_ns and max(stayed_ns) > min(record.ended_ns for record in early)
+    missed = any(record.failed and not record.told_first for record in ordered)  # whatever the order of the ends
+    deserted = early and stayed_ns and (missed or max(stayed_ns) > min(record.ended_ns for record in early))
     if deserted and not evidence.early_exit_ok and not evidence.stop_signal:
         return _early_exit(early, victims, ordered, evidence, program)
     if evidence.stop_signal and any(record.failed for record in ordered):
@@ -140,6 +145,8 @@ def _victims(records: Sequence[ExitRecord]) -> dict[int, str]:
             how = f"{_signal_name(record.value)}" if record.how == SIGNAL else f"code {record.value}"
             was = "; until then SIGSTOP had held it" if record.was_stopped else ""
             victims[record.rank] = f"stopped by the launcher ({how}){was}"
+        elif found := _accusation(record):
+            victims[record.rank] = f"could not finish {found['operation']} #{found['sequence']}"
         elif PEER_LOST.search(record.message) or (
             not record.message and (record.waited_for or PEER_LOST.search(record.stderr_tail))
         ):
@@ -171,6 +178,32 @@ def _absent(records: Sequence[ExitRecord]) -> tuple[ExitRecord, str] | None:
     return silent[0], f"{missed}, where the others waited until their watchdogs gave up"
 
 
+def _accusation(record: ExitRecord) -> re.Match[str] | None:
+    """What a failed rank says of the collective that it could not finish, and whose fault it was: another rank's."""
+    found = COLLECTIVE.search(record.message or record.stderr_tail)
+    return found if found and int(found["rank"]) != record.rank else None
+
+
+def _accused(records: Sequence[ExitRecord]) -> tuple[str, ExitRecord | None] | None:
+    """The rank that collectives could not be finished for, where no rank has failed of itself: the line, its record.
+
+    A rank that gives up is missed by others in turn: who is accused and accuses another one itself only passes it on.
+    """
+    told = {record.rank: found for record in records if record.failed and (found := _accusation(record))}
+    by_rank = {record.rank: record for record in records}
+    first = min(told, key=lambda rank: (by_rank[rank].told_first, by_rank[rank].failed_ns), default=None)
+    if first is None:
+        return None
+    seen = {first}
+    while (following := int(told[first]["rank"])) in told and following not in seen:
+        seen.add(following)
+        first = following
+    found = told[first]
+    where = f"{found['operation']} #{found['sequence']}"
+    line = f"{_cut(found['reason'], 300)} (told by {_name(by_rank[first])}, in {where})"
+    return line, by_rank.get(int(found["rank"]))
+
+
 def _early_exit(
     early: Sequence[ExitRecord],
     victims: dict[int, str],
@@ -182,7 +215,7 @@ def _early_exit(
     failed = sorted((record for record in records if record.failed), key=lambda record: record.failed_ns)
     code = next((record.exit_code for record in failed if not record.told_ns), 1)
     headline = (
-        f"{_name(first)} ended early with 0: it left in the middle of its script (os._exit(0)?) "
+        f"{_name(first)} ended early with 0{_during(first)}: it left in the middle of its script (os._exit(0)?) "
         "while other ranks were at work; if that is meant, use --early-exit ok"
     )
     return _finish("early-exit", code, headline, first, victims, records, evidence, program)
@@ -213,6 +246,8 @@ def _finish(
     others = {rank: why for rank, why in victims.items() if culprit is None or rank != culprit.rank}
     text = _text(kind, exit_code, headline, culprit, others, records, own or evidence, program)
     text += _clock_lines(evidence, culprit, records)
+    if evidence.straggler:
+        text += f"{evidence.straggler}\n"
     return Verdict(kind, exit_code, headline, text, culprit, others, records, evidence)
 
 
@@ -254,25 +289,36 @@ def _what(record: ExitRecord, evidence: Evidence, group: Evidence) -> str:
     """What the culprit did, to follow its name in a sentence. ``evidence`` is its host's."""
     if record.rank == group.aborted_rank:
         return f"called MPI_Abort({group.aborted_code})" + (f": {_first_line(record)}" if record.message else "")
+    during = _during(record)
     by_signal = record.how == SIGNAL and not record.cut_short
     name = _signal_name(record.value) if by_signal else ""
     if by_signal and record.value == signal.SIGKILL and evidence.oom_kills:
         limit = f" of limit {_gib(evidence.memory_limit)}" if evidence.memory_limit else ""
-        return (
-            f"was OOM-killed: peak RSS {_gib(record.max_rss_kib * 1024)}{limit}, cgroup oom_kill +{evidence.oom_kills}"
-        )
+        peak = f"peak RSS {_gib(record.max_rss_kib * 1024)}{limit}"
+        return f"was OOM-killed{during}: {peak}, cgroup oom_kill +{evidence.oom_kills}"
     child = next((child for child in evidence.lost_children if child.rank == record.rank), None)
     if evidence.oom_kills and child is not None:
         return (
             f"failed after its child process {child.pid} ({child.command}, RSS {_gib(child.rss_kib * 1024)}) was "
-            f"OOM-killed, cgroup oom_kill +{evidence.oom_kills}: {_first_line(record)}"
+            f"OOM-killed{during}, cgroup oom_kill +{evidence.oom_kills}: {_first_line(record)}"
         )
     if by_signal:
-        return f"was killed by {name}" + (f": {_first_line(record)}" if record.message else "")
+        return f"was killed by {name}{during}" + (f": {_first_line(record)}" if record.message else "")
     if record.message:
-        return f"failed: {_first_line(record)} (exit code {record.exit_code})"
+        return f"failed{during}: {_first_line(record)} (exit code {record.exit_code})"
     last = _last_line(record.stderr_tail)
-    return f"exited with code {record.value}" + (f": {last}" if last else "")
+    return f"exited with code {record.value}{during}" + (f": {last}" if last else "")
+
+
+def _during(record: ExitRecord) -> str:
+    """The collective that a rank ended in, to follow a verb; "" for none."""
+    if not record.collective_phase:
+        return ""
+    return f" during {_collective(record)} ({_cut(record.collective_phase, 40)})"
+
+
+def _collective(record: ExitRecord) -> str:
+    return f"{_cut(record.operation, 40) or 'collective'} #{record.sequence}"
 
 
 def _first_line(record: ExitRecord) -> str:
@@ -314,6 +360,8 @@ def _text(
         reason = _reason(culprit, evidence)
         if reason:
             head.append(reason)
+        if culprit.sequence and not culprit.collective_phase:
+            head.append(f"the last collective that rank {culprit.rank} had finished: {_collective(culprit)}")
         if evidence.oom_kills and evidence.memory_trends.get(culprit.rank):
             head.append(evidence.memory_trends[culprit.rank])
     head.append(f"{program}: exit code {exit_code} ({_outcomes(records, culprit, victims)})".removeprefix(": "))

@@ -51,6 +51,9 @@ class Told:
     def sweep(self, line: str) -> None:
         self.said.append(("sweep",))
 
+    def say(self, line: str) -> None:
+        self.said.append(("say", line))
+
     def stacks(self) -> None:
         self.said.append(("stacks",))
 
@@ -113,7 +116,7 @@ def test_a_hang_is_one_when_all_hosts_are_quiet() -> None:
         report("a", end(0, "a", at=300, code=1, told_ns=200)), report("b", end(1, "b", at=300, code=1, told_ns=200))
     )
     assert told.said[-1] == ("finish", "hang", 75)
-    assert "rank 1 never entered collective #7" in told.verdict.headline
+    assert "rank 1 on b never entered collective #7; rank 0 waits in collective #7" in told.verdict.headline
 
 
 def test_a_hang_is_seen_when_the_last_host_at_work_ends() -> None:

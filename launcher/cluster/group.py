@@ -59,6 +59,9 @@ class Cluster:
     def stacked(self, progress: tuple[RankProgress, ...]) -> None:
         self._end.stacked(progress)
 
+    def waited(self, shares: dict[int, float]) -> None:
+        self._end.waited(shares)
+
     def attempt_over(self, report: HostReport) -> None:
         self._end.attempt_over(report)
 

@@ -14,7 +14,7 @@ from launcher.cluster.probe import probed_port
 from launcher.errors import ClusterError, LauncherError, RefusedError, StoppedError, UsageError
 from launcher.evidence import ClockOffset, Evidence, HostReport, LostHost, whole_number
 from launcher.supervisor.coordinator import Coordinator
-from launcher.supervisor.group import Finish, Relayed, Stacks, Start, Stop, Sweep
+from launcher.supervisor.group import Finish, Relayed, Say, Stacks, Start, Stop, Sweep
 from launcher.topology import limit_slots
 
 TYPE_CHECKING = False
@@ -125,6 +125,9 @@ class Leader:
     def stacked(self, progress: tuple[RankProgress, ...]) -> None:
         self._coordinator.stacked(self.plan.host, progress)
 
+    def waited(self, shares: dict[int, float]) -> None:
+        self._coordinator.waited(self.plan.host, shares)
+
     def attempt_over(self, report: HostReport) -> None:
         self._over(report)
 
@@ -165,6 +168,9 @@ class Leader:
     def sweep(self, line: str) -> None:
         self._broadcast({"kind": "sweep", "line": line})
         self._orders.append(Sweep(line))
+
+    def say(self, line: str) -> None:
+        self._orders.append(Say(line))
 
     def stacks(self) -> None:
         self._broadcast({"kind": "stacks"})
@@ -286,7 +292,7 @@ class Leader:
         if kind == "failed":
             error = messages.read_abort(message)
             return lambda: self._take_failure(host, error)
-        if kind not in ("ended", "quiet", "stacked", "over", "trouble", "relay"):
+        if kind not in ("ended", "quiet", "waited", "stacked", "over", "trouble", "relay"):
             raise ValueError(f"unknown kind {messages.shown(kind)}")
         if not self._hosts:
             raise ValueError(f"{kind} before the start")
@@ -305,6 +311,9 @@ class Leader:
             if type(still) is not bool:
                 raise TypeError(f"still is {messages.shown(still)}")
             return lambda: coordinator.quiet(host, still)
+        if kind == "waited":
+            shares = messages.read_waited(message, ranks)
+            return lambda: coordinator.waited(host, shares)
         cut = messages.read_cut(message)
         if kind == "stacked":
             progress = messages.read_progress(message, ranks)

@@ -144,6 +144,9 @@ class Member:
             )
         )
 
+    def waited(self, shares: dict[int, float]) -> None:
+        self._send({"kind": "waited", "shares": [[rank, share] for rank, share in shares.items()]})
+
     def attempt_over(self, report: HostReport) -> None:
         self._report = report
         if self._lost is not None or self._abort is not None:

@@ -1,7 +1,7 @@
 """What hosts say to each other once they are connected: JSON objects, told apart by ``kind``.
 
 member -> leader   hello facts slots | pong sent member_ns | ended record | stopping number forced | quiet still
-                   stacked progress cut | over report cut | failed text code
+                   waited shares | stacked progress cut | over report cut | failed text code
                    trouble reason | relay message
 leader -> member   start attempt without slots address port store line peers peer_port
                    stop number failure line lost | sweep line | stacks | ping sent | say line | wait text
@@ -70,6 +70,18 @@ def read_progress(message: Message, ranks: range) -> tuple[RankProgress, ...]:
     if any(rank.rank not in ranks for rank in progress):
         raise ValueError("the progress of another host's rank")
     return progress
+
+
+def read_waited(message: Message, ranks: range) -> dict[int, float]:
+    """Shares of time that some of ``ranks`` waited for others. Raises TypeError, ValueError or KeyError for none."""
+    if not isinstance(message["shares"], list):
+        raise TypeError("shares are no list")
+    shares = {whole_number(rank): share for rank, share in message["shares"]}
+    if not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares.values()):
+        raise ValueError("shares of time are from 0 to 1")
+    if any(rank not in ranks for rank in shares):
+        raise ValueError("the waiting of another host's rank")
+    return shares
 
 
 def read_cut(message: Message) -> tuple[str, ...]:

@@ -67,7 +67,10 @@ def installed(python: str, environ: Mapping[str, str]) -> Build:
                 "install it again, with HOROVOD_WITH_PYTORCH=1 to see why the build fails"
             )
         return read_build(library)
-    raise UsageError(f"engine horovod: {python} finds no package horovod; install it, or choose another --engine")
+    raise UsageError(
+        f"engine horovod: {python} finds no package horovod; install it, or choose another --engine, "
+        "with --horovod-compat for scripts that use horovod.torch"
+    )
 
 
 def read_build(library: str) -> Build:

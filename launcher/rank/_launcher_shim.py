@@ -52,6 +52,8 @@ def run(namespace: dict[str, Any]) -> None:
     del sys.path[0]  # this folder, put there by boot.py,
     if not _safe_path():
         del sys.path[0]  # and by the interpreter, because boot.py was the script
+    if os.environ.get("LAUNCHER_HOROVOD_COMPAT"):
+        _stand_in_for_horovod()
     if kind == "zygote":
         import importlib.util
 
@@ -96,6 +98,17 @@ def run(namespace: dict[str, Any]) -> None:
             _leave_mpi(error)
         raise
     _mark(FINISHED)
+
+
+def _stand_in_for_horovod() -> None:
+    """``--horovod-compat``; see launcher/rank/compat.py."""
+    try:
+        from launcher.rank.compat import install
+    except ImportError as error:
+        line = f"--horovod-compat has no effect: {sys.executable} cannot import launcher ({error}); install it there"
+        print(f"[launcher] {line}", file=sys.stderr)
+        return
+    install(os.environ["LAUNCHER_HOROVOD_COMPAT"])
 
 
 def attach() -> None:

@@ -142,9 +142,14 @@ class Context:
 def init() -> Context:
     """This process's :class:`Context`. Without the launcher it is a world of one, so a script runs either way.
 
+    ``torch.distributed.init_process_group("launcher")`` works from then on, whether torch is imported already or not.
+
     Raises:
         UsageError: a variable of the environment is not what the launcher (or torchrun) sets.
     """
+    from launcher.collectives.torch_hook import register
+
+    register()
     return Context(dict(os.environ))
 
 

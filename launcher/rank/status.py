@@ -24,6 +24,18 @@ STARTED_NS_OFFSET = 24
 CREATED, BOOTING, RUNNING, FINISHED, FAILED = range(5)
 PHASE_NAMES = ("created", "booting", "running", "finished", "failed")
 
+# What a rank does inside a collective.
+OUTSIDE, ENTERING, COPYING_IN, WAITING, REDUCING, COPYING_OUT, BETWEEN_HOSTS = range(7)
+COLLECTIVE_PHASE_NAMES = (
+    "outside",
+    "entering",
+    "copying in",
+    "waiting for others",
+    "reducing",
+    "copying out",
+    "between hosts",
+)
+
 
 def write_phase(fd: int, phase: int) -> None:
     """Set the phase in the page that ``fd`` is open for writing on. Valid beside any mapping of the same page."""

@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from launcher.evidence import ClockOffset, ExitRecord, HostReport, LostHost, RankProgress, Verdict
+    from launcher.supervisor.stragglers import Stragglers
 
     class Hosts(Protocol):
-        """What the coordinator asks of all hosts alike. ``line`` is for people; "" says nothing."""
+        """What the coordinator asks of all hosts alike; a line of :meth:`say` is shown once. ``line``: "" for none."""
 
         def stop(self, number: int, failure: bool, line: str) -> None: ...
 
         def sweep(self, line: str) -> None: ...
+
+        def say(self, line: str) -> None: ...
 
         def stacks(self) -> None: ...
 
@@ -36,6 +39,7 @@ class Policy(Record):
     """What is settled for the whole job. Times are seconds.
 
     Attributes:
+        straggler_window_s: how often to look for a rank that the others wait for; 0: never.
         crash_loop_s: three failures alike, each without a step and sooner than this, end the restarts.
         early_exit: what to do about a rank that left in the middle of its script: wait, abort or ok.
         min_hosts: go on with as few when others are lost; 0: all are needed.
@@ -46,6 +50,7 @@ class Policy(Record):
     early_exit: str
     hang_timeout_s: float
     min_hosts: int = 0
+    straggler_window_s: float = 0.0
 
 
 class Coordinator:
@@ -79,6 +84,8 @@ class Coordinator:
         self._progress: dict[str, tuple[RankProgress, ...]] | None = None
         self._hang = ""
         self._hang_rank: int | None = None
+        self._shares: dict[str, dict[int, float]] = {}
+        self._stragglers: Stragglers | None = None
 
     # ---- inputs
 
@@ -110,8 +117,23 @@ class Coordinator:
     def stacked(self, host: str, progress: tuple[RankProgress, ...]) -> None:
         """A host's ranks have written their stacks."""
         if self._progress is not None:
-            self._progress[host] = progress
+            self._progress[host] = tuple(replace(rank, host=host) for rank in progress)
             self._conclude_hang()
+
+    def waited(self, host: str, shares: dict[int, float]) -> None:
+        """The share of its last window that each rank of a host waited for others. Judged when all hosts have told."""
+        self._shares[host] = shares
+        if self._finished or self._stopping or not self._at_work <= self._shares.keys():
+            return
+        if self._stragglers is None:
+            from launcher.supervisor.stragglers import Stragglers
+
+            self._stragglers = Stragglers(self.policy.straggler_window_s)
+        told, self._shares = self._shares, {}
+        hosts = {rank: name for name, ranks in told.items() for rank in ranks}
+        line = self._stragglers.take({rank: share for ranks in told.values() for rank, share in ranks.items()}, hosts)
+        if line:
+            self._all.say(line)
 
     def trouble(self, host: str, reason: str) -> None:
         """A host stops its ranks for a reason that is no rank's: so do all. Its report tells more."""
@@ -164,7 +186,9 @@ class Coordinator:
             return
         ranks = sorted((rank for host in self._progress.values() for rank in host), key=lambda rank: rank.rank)
         if ranks:
-            self._hang, self._hang_rank = _hang_text(ranks, self.policy.hang_timeout_s)
+            from launcher.supervisor.hangs import hang_text
+
+            self._hang, self._hang_rank = hang_text(ranks, self.policy.hang_timeout_s)
             self._stop(_SIGTERM, self._hang if self._several else "")
 
     def _conclude(self) -> None:
@@ -182,6 +206,7 @@ class Coordinator:
 
     def _judge(self) -> Verdict:
         from launcher.evidence import on_one_clock, together
+        from launcher.supervisor.stragglers import over_the_attempt
         from launcher.verdict import judge
 
         reports = list(self.reports.values())
@@ -204,6 +229,11 @@ class Coordinator:
             lost_hosts=tuple(self.lost.values()),
             clocks=tuple(self.clocks.values()),
             cut_links=self.cut_links,
+            straggler=over_the_attempt(
+                [(record.rank, record.host, record.waited_ns) for record in records if record.sequence],
+                max(report.lasted_s for report in reports),
+                self.policy.straggler_window_s,
+            ),
         )
         by_host = {report.host: report.evidence for report in reports} if self._several else None
         return replace(judge(records, evidence, self.program, by_host), attempt=self.attempt)
@@ -245,22 +275,3 @@ class Coordinator:
         spent_s = sum(lasted_s for _, lasted_s in self._history)
         line = f"crash loop: code {verdict.exit_code} x{len(self._history)} in {spent_s:.0f} s; {verdict.headline}"
         return replace(verdict, headline=line, text=verdict.text.replace(verdict.headline, line, 1))
-
-
-def _hang_text(ranks: list[RankProgress], timeout_s: float) -> tuple[str, int | None]:
-    """What a hang looks like, and the rank that is to blame, if one can be told."""
-    text = f"hang: no log, no step and no I/O in any rank for {timeout_s:g} s"
-    suspect: int | None = None
-    inside = [rank.inside for rank in ranks if rank.inside is not None]
-    outside = [rank.rank for rank in ranks if rank.inside is None]
-    if inside and outside:
-        suspect = outside[0]
-        names = ", ".join(map(str, outside))
-        text += f"; rank {names} never entered collective #{max(inside)}, where the others wait"
-    elif len({rank.step for rank in ranks}) > 1:
-        slowest = min(ranks, key=lambda rank: rank.step)
-        suspect = slowest.rank
-        text += f"; rank {slowest.rank} is behind, at step {slowest.step}"
-    elif not any(rank.step for rank in ranks) and not inside:
-        text += "; no rank has reported a step yet"
-    return text + "; the stacks of all ranks are on their stderr", suspect

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
         def stacked(self, progress: tuple[RankProgress, ...]) -> None:
             """The stacks that were asked for are written; this is where this host's ranks stand."""
 
+        def waited(self, shares: dict[int, float]) -> None:
+            """The share of the last window's time that each rank of this host has waited for others."""
+
         def attempt_over(self, report: HostReport) -> None:
             """Nothing of the attempt is left on this host."""
 
@@ -101,6 +104,12 @@ class Sweep(Record):
     line: str
 
 
+class Say(Record):
+    """Show a line."""
+
+    line: str
+
+
 class Stacks(Record):
     """Let all ranks write their stacks: the job hangs."""
 
@@ -118,7 +127,7 @@ class Finish(Record):
     verdict: Verdict
 
 
-Order = Start | Stop | Sweep | Stacks | Relayed | Finish
+Order = Start | Stop | Sweep | Say | Stacks | Relayed | Finish
 
 
 class Alone:
@@ -159,6 +168,9 @@ class Alone:
     def stacked(self, progress: tuple[RankProgress, ...]) -> None:
         self._coordinator.stacked(self._host, progress)
 
+    def waited(self, shares: dict[int, float]) -> None:
+        self._coordinator.waited(self._host, shares)
+
     def attempt_over(self, report: HostReport) -> None:
         self._coordinator.attempt_over(report)
 
@@ -181,6 +193,9 @@ class Alone:
 
     def sweep(self, line: str) -> None:
         self._orders.append(Sweep(line))
+
+    def say(self, line: str) -> None:
+        self._orders.append(Say(line))
 
     def stacks(self) -> None:
         self._orders.append(Stacks())

@@ -23,6 +23,7 @@ class HostPlan(Record):
         deadline_file: where a stop's deadline is told to the ranks.
         written_directories: where the job writes, looked at for space.
         follow_parent: end when the process that started the launcher, parent_pid, ends.
+        straggler_window_s: how often the group is told how long each rank has waited for others; 0: never.
         mpi: the MPI side of an attempt; None for a job without MPI.
         handle_signals: take SIGTERM and the like (only in a main thread).
         library: the calling process goes on afterwards, and has children and handlers of its own.
@@ -41,6 +42,7 @@ class HostPlan(Record):
     deadline_file: str
     written_directories: tuple[str, ...]
     follow_parent: bool
+    straggler_window_s: float = 0.0
     mpi: Callable[[Start], MpiPlan] | None = None
     handle_signals: bool = True
     library: bool = False

@@ -65,6 +65,10 @@ def make_record(event: Event, launch: RankLaunch, host: str, told_ns: int, repla
         stderr_tail=event.text(10),
         error_file=launch.error_file if error else "",
         note=note,
+        operation=page.operation if page else "",
+        sequence=page.number if page else 0,
+        collective_phase=page.doing if page else "",
+        waited_ns=min(page.collective_waits_ns, ended_ns) if page else 0,
     )
 
 

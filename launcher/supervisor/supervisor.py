@@ -13,7 +13,7 @@ import time
 
 from launcher.errors import InternalError, LauncherError, StoppedError, of_machine
 from launcher.supervisor.attempt import DONE, RUN, SIGKILL, SIGTERM, Attempt
-from launcher.supervisor.group import Finish, Relayed, Start, Stop, Sweep
+from launcher.supervisor.group import Finish, Relayed, Say, Start, Stop, Sweep
 from launcher.supervisor.guardian import ALL_RANKS, ZYGOTE, Guardian
 
 TYPE_CHECKING = False
@@ -175,7 +175,7 @@ class Supervisor:
         attempt = self._attempt
         watch = self._watching
         if attempt is not None and watch is None:
-            watch = self._watching = self._new_watch(self.plan.hang_timeout_s)
+            watch = self._watching = self._new_watch(self.plan.hang_timeout_s, self.plan.straggler_window_s)
         poller = select.poll()
         guardian = -1 if self.guardian.closed else self.guardian.fileno()
         for fd in (guardian, self._wake_read, self.group.fileno()):
@@ -216,6 +216,9 @@ class Supervisor:
         elif watch.still != self._was_still:
             self._was_still = watch.still
             self.group.quiet(watch.still)
+        shares = watch.waits.window(now_s)
+        if shares is not None:
+            self.group.waited(shares)
 
     def _obey(self, orders: Sequence[Order]) -> None:
         for order in orders:
@@ -240,6 +243,8 @@ class Supervisor:
                     self._forced = True
                     self.say(order.line)
                     attempt.sweep(0)
+            elif isinstance(order, Say):
+                self.say(order.line)
             elif isinstance(order, Relayed):
                 self._take_relayed(attempt, order)
             elif self._watching is not None:  # Stacks

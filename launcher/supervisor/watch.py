@@ -1,7 +1,8 @@
 """Looking at running ranks once a second at most: do they move, and what are their helpers?
 
-A job hangs when, for the whole limit, no rank logs, reads, writes or reports a step, and (for jobs that report no
-steps) none uses a CPU. A long checkpoint writes, a long evaluation computes: neither is a hang.
+A job hangs when, for the whole limit, no rank logs, reads, writes, reports a step or enters a collective, and (for jobs
+that report no steps) none uses a CPU outside of collectives. A long checkpoint writes, a long evaluation computes:
+neither is a hang.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import time
 
 from launcher.evidence import LostChild, RankProgress
 from launcher.supervisor.pages import read_page
+from launcher.supervisor.stragglers import Waits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from launcher.supervisor.attempt import Attempt
     from launcher.supervisor.guardian import Event, Guardian
+    from launcher.supervisor.pages import Page
     from launcher.supervisor.stacks import StackDumps
 
 # Timers of idle threads (progress bars, watchdogs) use a little: below this share of one CPU a rank is idle.
@@ -45,13 +48,19 @@ class Child:
 
 
 class Watch:
-    """The watch over one attempt's ranks. ``still``: nothing has moved for the time that makes a hang."""
+    """The watch over one attempt's ranks.
 
-    def __init__(self, hang_timeout_s: float) -> None:
+    Attributes:
+        still: nothing has moved for the time that makes a hang.
+        waits: how long the ranks wait for each other.
+    """
+
+    def __init__(self, hang_timeout_s: float, straggler_window_s: float) -> None:
         self.hang_timeout_s = hang_timeout_s
         self.still = False
         self._moved_s = self._sampled_s = time.monotonic()
         self._next_s = self._moved_s + _PERIOD_S
+        self.waits = Waits(straggler_window_s, self._moved_s)
         self._stacks_at_s = 0.0
         self._logged: tuple[int, ...] = ()
         self._new_logged: tuple[int, ...] = ()
@@ -125,16 +134,21 @@ class Watch:
             moved = moved or io > self._io.get(slot, 0)
             page = read_page(launch.status_page)
             step = (page.step, page.collective_seq) if page else (0, 0)
+            if page and page.collective_seq:
+                self.waits.note(launch.rank, page.collective_waits_ns)
             if step != self._steps.get(slot):
                 moved = moved or slot in self._steps
                 self._steps[slot] = step
-            reports = reports or step != (0, 0)
-            busy = busy or (cpu - self._cpu.get(slot, 0)) / _TICKS > _IDLE_CPU_SHARE * period_s
+            reports = reports or step[0] != 0
+            # A rank that waits in a collective may spin.
+            inside = page is not None and page.collective_entered_ns != 0
+            used_s = (cpu - self._cpu.get(slot, 0)) / _TICKS
+            busy = busy or (used_s > _IDLE_CPU_SHARE * period_s and not inside)
             self._io[slot], self._cpu[slot] = io, cpu
             self._note_exec(slot, pid, attempt)
         oldest_s = self._sampled_s - _KEPT_S
         self._children = {pid: child for pid, child in self._children.items() if child.seen_s >= oldest_s}
-        # Ranks that wait in a collective may spin: where steps are reported, only they tell progress.
+        # Other libraries' collectives spin and do not say so: where steps are reported, only they tell progress.
         return moved or (busy and not reports)
 
     def _usage(self, tree: list[int], rank: int, leader: int) -> tuple[int, int, int]:
@@ -189,13 +203,29 @@ class Watch:
 
     def _progress(self, attempt: Attempt) -> tuple[RankProgress, ...]:
         alive = [attempt.launches[slot] for slot in attempt.pids if slot in attempt.launches]
-        ranks = []
-        for launch in alive:
-            if launch.local_rank not in attempt.records:
-                page = read_page(launch.status_page)
-                inside = page.collective_seq if page and page.collective_entered_ns else None
-                ranks.append(RankProgress(launch.rank, inside, page.step if page else 0))
-        return tuple(ranks)
+        now_ns = time.monotonic_ns()
+        return tuple(
+            _progress_of(launch.rank, read_page(launch.status_page), now_ns)
+            for launch in alive
+            if launch.local_rank not in attempt.records
+        )
+
+
+def _progress_of(rank: int, page: Page | None, now_ns: int) -> RankProgress:
+    if page is None:
+        return RankProgress(rank, None, 0)
+    entered_ns = page.collective_entered_ns
+    return RankProgress(
+        rank,
+        page.number if entered_ns else None,
+        page.step,
+        operation=page.operation,
+        last=page.number,
+        bytes=page.bytes,
+        doing=page.doing,
+        inside_s=max(0, now_ns - entered_ns) / 1e9 if entered_ns else 0.0,
+        waiting_for=page.waiting_for,
+    )
 
 
 def _keep(samples: list[tuple[float, int]], sample: tuple[float, int]) -> None:

@@ -3,17 +3,10 @@
 
 #include <string>
 
-#include "../cuda/table.h"
-#include "module.h"
+#include "cuda_library.h"
 
 namespace launcher::python {
 namespace {
-
-// The CUDA library, or why there is none. Opened once and never closed: a CUDA runtime can not be unloaded safely.
-struct Library {
-  const LauncherCudaTable* table = nullptr;
-  std::string reason;
-};
 
 std::string own_folder() {
   Dl_info info;
@@ -25,7 +18,7 @@ std::string own_folder() {
   return slash == std::string::npos ? "." : file.substr(0, slash);
 }
 
-Library load() {
+CudaLibrary load() {
   const std::string path = own_folder() + "/liblauncher_cuda.so";
   void* handle = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {
@@ -43,26 +36,31 @@ Library load() {
   return {table, ""};
 }
 
-const Library& library() {
-  static const Library loaded = load();
+}  // namespace
+
+// Opened once and never closed: a CUDA runtime can not be unloaded safely.
+const CudaLibrary& cuda_library() {
+  static const CudaLibrary loaded = load();
   return loaded;
 }
 
-std::string failure(const LauncherCudaTable& table, const char* what, int status) {
+std::string cuda_failure(const LauncherCudaTable& table, const char* what, int status) {
   return std::string(what) + ": " + table.describe(status) + " (CUDA error " + std::to_string(status) + ")";
 }
+
+namespace {
 
 nb::tuple unusable(const std::string& reason) { return nb::make_tuple(nb::list(), reason); }
 
 nb::tuple cuda_devices(bool free_memory) {
-  const Library& cuda = library();
+  const CudaLibrary& cuda = cuda_library();
   if (cuda.table == nullptr) {
     return unusable(cuda.reason);
   }
   const LauncherCudaTable& table = *cuda.table;
   int count = 0;
   if (const int status = table.device_count(&count); status != 0) {
-    return unusable(failure(table, "no usable GPU or driver", status));
+    return unusable(cuda_failure(table, "no usable GPU or driver", status));
   }
   if (count == 0) {
     return unusable("no GPU is visible to this process");
@@ -71,7 +69,7 @@ nb::tuple cuda_devices(bool free_memory) {
   for (int index = 0; index < count; ++index) {
     LauncherCudaDevice device;
     if (const int status = table.device(index, &device); status != 0) {
-      return unusable(failure(table, ("GPU " + std::to_string(index)).c_str(), status));
+      return unusable(cuda_failure(table, ("GPU " + std::to_string(index)).c_str(), status));
     }
     nb::dict entry;
     entry["index"] = index;
@@ -84,7 +82,7 @@ nb::tuple cuda_devices(bool free_memory) {
       std::uint64_t available = 0;
       std::uint64_t total = 0;
       if (const int status = table.memory(index, &available, &total); status != 0) {
-        return unusable(failure(table, ("memory of GPU " + std::to_string(index)).c_str(), status));
+        return unusable(cuda_failure(table, ("memory of GPU " + std::to_string(index)).c_str(), status));
       }
       entry["free_bytes"] = available;
     }
@@ -100,6 +98,7 @@ void bind_cuda(nb::module_& module) {
              "(devices, reason): the GPUs this process sees, or an empty list and why there are none. free_memory "
              "costs a CUDA context on each GPU. Starts the CUDA driver in this process, which must not fork ranks "
              "afterwards.");
+  bind_cuda_work(module);
 }
 
 }  // namespace launcher::python

@@ -11,6 +11,8 @@ namespace nb = nanobind;
 void bind_status_page(nb::module_& module);
 void bind_process(nb::module_& module);
 void bind_cuda(nb::module_& module);
+void bind_collectives(nb::module_& module);
+void bind_kernels(nb::module_& module);
 
 }  // namespace launcher::python
 

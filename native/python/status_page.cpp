@@ -53,6 +53,10 @@ nb::dict to_dict(const StatusSnapshot& copy) {
   out["collective_enter_ns"] = copy.collective_enter_ns;
   out["stop_requested_ns"] = copy.stop_requested_ns;
   out["stop_deadline_ns"] = copy.stop_deadline_ns;
+  out["collective_phase"] = copy.collective_phase;
+  out["waiting_for"] = static_cast<std::int64_t>(copy.waiting_for) - 1;
+  out["collective_waits_ns"] = copy.collective_waits_ns;
+  out["group_sequence"] = copy.group_sequence;
   out["consistent"] = copy.consistent;
   return out;
 }
@@ -62,6 +66,25 @@ void set_phase(StatusPage& page, std::uint32_t phase) {
     throw StatusPageError(page.path(), "phase " + std::to_string(phase) + " is not in 0..4");
   }
   page.set_phase(static_cast<Phase>(phase));
+}
+
+void set_collective_phase(StatusPage& page, std::uint32_t phase) {
+  if (phase > static_cast<std::uint32_t>(CollectivePhase::between_hosts)) {
+    throw StatusPageError(page.path(), "collective phase " + std::to_string(phase) + " is not in 0..6");
+  }
+  page.set_collective_phase(static_cast<CollectivePhase>(phase));
+}
+
+std::uint64_t enter_collective(StatusPage& page, std::string_view operation, std::uint64_t bytes,
+                               std::uint64_t group_sequence) {
+  return page.enter_collective(operation_name(operation), bytes, monotonic_ns(), group_sequence);
+}
+
+void set_waiting_for(StatusPage& page, int rank) {
+  if (rank < -1) {
+    throw StatusPageError(page.path(), "cannot wait for rank " + std::to_string(rank) + " (-1: for none)");
+  }
+  page.set_waiting_for(rank);
 }
 
 }  // namespace
@@ -91,8 +114,11 @@ void bind_status_page(nb::module_& module) {
       .def("attach", &StatusPage::attach)
       .def("step", &StatusPage::step, nb::arg("number"), nb::arg("samples"))
       .def("heartbeat", &StatusPage::heartbeat)
-      .def("enter_collective", &StatusPage::enter_collective, nb::arg("operation"), nb::arg("bytes"))
-      .def("leave_collective", &StatusPage::leave_collective)
+      .def("enter_collective", &enter_collective, nb::arg("operation"), nb::arg("bytes"), nb::arg("group_sequence") = 0)
+      .def("leave_collective", nb::overload_cast<>(&StatusPage::leave_collective))
+      .def("set_collective_phase", &set_collective_phase, nb::arg("phase"))
+      .def("set_waiting_for", &set_waiting_for, nb::arg("rank"))
+      .def("add_collective_wait", &StatusPage::add_collective_wait, nb::arg("ns"))
       .def("request_stop", &StatusPage::request_stop, nb::arg("deadline_ns"))
       .def("snapshot", [](const StatusPage& page) { return to_dict(page.snapshot()); })
       .def("close", &StatusPage::close);

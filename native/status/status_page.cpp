@@ -69,15 +69,7 @@ bool read_section(std::uint64_t& lock, Copy copy) {
   return false;
 }
 
-using OperationWords = std::array<std::uint64_t, kOperationSize / sizeof(std::uint64_t)>;
-
-OperationWords pack(std::string_view operation) noexcept {
-  OperationWords words{};
-  std::memcpy(words.data(), operation.data(), std::min(operation.size(), kOperationSize - 1));
-  return words;
-}
-
-std::string unpack(const OperationWords& words) {
+std::string unpack(const OperationName& words) {
   std::array<char, kOperationSize> text;
   std::memcpy(text.data(), words.data(), kOperationSize);
   return {text.begin(), std::find(text.begin(), text.end(), '\0')};
@@ -139,6 +131,12 @@ void check_header(const StatusLayout& page, const std::string& path) {
 }
 
 }  // namespace
+
+OperationName operation_name(std::string_view text) noexcept {
+  OperationName words{};
+  std::memcpy(words.data(), text.data(), std::min(text.size(), kOperationSize - 1));
+  return words;
+}
 
 std::uint64_t monotonic_ns() noexcept {
   timespec now;
@@ -251,30 +249,52 @@ void StatusPage::step(std::uint64_t number, std::uint64_t samples) {
 void StatusPage::heartbeat() { store(writeable().heartbeat_ns, monotonic_ns(), std::memory_order_relaxed); }
 
 std::uint64_t StatusPage::enter_collective(std::string_view operation, std::uint64_t bytes) {
+  return enter_collective(operation_name(operation), bytes, monotonic_ns());
+}
+
+std::uint64_t StatusPage::enter_collective(const OperationName& operation, std::uint64_t bytes, std::uint64_t now_ns,
+                                           std::uint64_t group_sequence) {
   StatusLayout& page = writeable();
-  const std::uint64_t now = monotonic_ns();
   const std::uint64_t number = load(page.collective_seq, std::memory_order_relaxed) + 1;
-  const OperationWords words = pack(operation);
   {
     WriteSection section(page.collective_lock);
     section.set(page.collective_seq, number);
     section.set(page.bytes, bytes);
-    section.set(page.collective_enter_ns, now);
-    for (std::size_t i = 0; i < words.size(); ++i) {
-      section.set(page.operation[i], words[i]);
+    section.set(page.collective_enter_ns, now_ns);
+    section.set(page.group_sequence, group_sequence);
+    for (std::size_t i = 0; i < operation.size(); ++i) {
+      section.set(page.operation[i], operation[i]);
     }
   }
-  store(page.heartbeat_ns, now, std::memory_order_relaxed);
+  set_collective_phase(CollectivePhase::entering);
+  store(page.heartbeat_ns, now_ns, std::memory_order_relaxed);
   return number;
 }
 
-void StatusPage::leave_collective() {
+void StatusPage::leave_collective() { leave_collective(monotonic_ns()); }
+
+void StatusPage::leave_collective(std::uint64_t now_ns) {
   StatusLayout& page = writeable();
+  set_collective_phase(CollectivePhase::outside);
+  store(page.waiting_for, 0U, std::memory_order_relaxed);
   {
     WriteSection section(page.collective_lock);
     section.set(page.collective_enter_ns, 0);
   }
-  store(page.heartbeat_ns, monotonic_ns(), std::memory_order_relaxed);
+  store(page.heartbeat_ns, now_ns, std::memory_order_relaxed);
+}
+
+void StatusPage::set_collective_phase(CollectivePhase phase) {
+  store(writeable().collective_phase, static_cast<std::uint32_t>(phase), std::memory_order_relaxed);
+}
+
+void StatusPage::set_waiting_for(int rank) {
+  store(writeable().waiting_for, static_cast<std::uint32_t>(rank + 1), std::memory_order_relaxed);
+}
+
+void StatusPage::add_collective_wait(std::uint64_t ns) {
+  std::uint64_t& waits = writeable().collective_waits_ns;
+  store(waits, load(waits, std::memory_order_relaxed) + ns, std::memory_order_relaxed);  // one writer: no lost update
 }
 
 bool StatusPage::stop_requested() const { return load(readable().stop_requested_ns, std::memory_order_acquire) != 0; }
@@ -301,11 +321,12 @@ StatusSnapshot StatusPage::snapshot() const {
     copy.samples = load(page.samples, acquire);
     copy.step_ns = load(page.step_ns, acquire);
   });
-  OperationWords words;
+  OperationName words;
   const bool collective = read_section(page.collective_lock, [&] {
     copy.collective_seq = load(page.collective_seq, acquire);
     copy.bytes = load(page.bytes, acquire);
     copy.collective_enter_ns = load(page.collective_enter_ns, acquire);
+    copy.group_sequence = load(page.group_sequence, acquire);
     for (std::size_t i = 0; i < words.size(); ++i) {
       words[i] = load(page.operation[i], acquire);
     }
@@ -315,6 +336,9 @@ StatusSnapshot StatusPage::snapshot() const {
 
   copy.stop_requested_ns = load(page.stop_requested_ns, acquire);
   copy.stop_deadline_ns = load(page.stop_deadline_ns, std::memory_order_relaxed);
+  copy.collective_phase = load(page.collective_phase, std::memory_order_relaxed);
+  copy.waiting_for = load(page.waiting_for, std::memory_order_relaxed);
+  copy.collective_waits_ns = load(page.collective_waits_ns, std::memory_order_relaxed);
   return copy;
 }
 

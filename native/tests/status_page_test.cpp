@@ -16,6 +16,7 @@
 
 #include "check.h"
 
+using launcher::CollectivePhase;
 using launcher::Phase;
 using launcher::StatusLayout;
 using launcher::StatusPage;
@@ -79,6 +80,26 @@ void what_a_rank_writes_the_supervisor_reads() {
   copy = supervisor.snapshot();
   CHECK(copy.collective_enter_ns == 0 && copy.collective_seq == 2);
 
+  const launcher::OperationName broadcast = launcher::operation_name("broadcast");
+  CHECK(rank.enter_collective(broadcast, 64, 1000, 812) == 3);
+  copy = supervisor.snapshot();
+  CHECK(copy.operation == "broadcast" && copy.collective_enter_ns == 1000 && copy.heartbeat_ns == 1000);
+  CHECK(copy.group_sequence == 812 && copy.waiting_for == 0 && copy.collective_waits_ns == 0);
+  CHECK(copy.collective_phase == static_cast<std::uint32_t>(CollectivePhase::entering));
+  rank.set_collective_phase(CollectivePhase::waiting);
+  rank.set_waiting_for(0);
+  rank.add_collective_wait(70);
+  rank.add_collective_wait(7);
+  copy = supervisor.snapshot();
+  CHECK(copy.collective_phase == 3 && copy.waiting_for == 1 && copy.collective_waits_ns == 77);
+  rank.set_waiting_for(-1);
+  CHECK(supervisor.snapshot().waiting_for == 0);
+  rank.set_waiting_for(5);
+  rank.leave_collective(2000);
+  copy = supervisor.snapshot();
+  CHECK(copy.collective_phase == 0 && copy.waiting_for == 0 && copy.collective_enter_ns == 0);
+  CHECK(copy.collective_waits_ns == 77 && copy.heartbeat_ns == 2000 && copy.operation == "broadcast");
+
   CHECK(!rank.stop_requested());
   supervisor.request_stop(before + 5);
   CHECK(rank.stop_requested() && rank.snapshot().stop_deadline_ns == before + 5);
@@ -88,7 +109,10 @@ void fields_lie_where_the_contract_says() {
   const std::string path = fresh("offsets");
   StatusPage page = StatusPage::create(path, 0x01020304);
   page.step(0x1111, 0x2222);
-  page.enter_collective("broadcast", 0x3333);
+  page.enter_collective(launcher::operation_name("broadcast"), 0x3333, 0x5555, 0x6666);
+  page.set_collective_phase(CollectivePhase::between_hosts);
+  page.set_waiting_for(8);
+  page.add_collective_wait(0x7777);
   page.request_stop(0x4444);
   unsigned char raw[4096];
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
@@ -104,7 +128,9 @@ void fields_lie_where_the_contract_says() {
   CHECK(word(64) == 2 && word(72) == 0x1111 && word(80) == 0x2222);
   CHECK(word(128) == 2 && word(136) == 1 && word(144) == 0x3333);
   CHECK(std::memcmp(raw + 160, "broadcast\0", 10) == 0);
+  CHECK(word(152) == 0x5555);
   CHECK(word(192) != 0 && word(200) == 0x4444);
+  CHECK(word(256) == 0x0000000900000006U && word(264) == 0x7777 && word(272) == 0x6666);
 }
 
 void phase_may_be_written_without_a_mapping() {
@@ -173,6 +199,7 @@ bool check_progress(const StatusSnapshot& copy) {
   }
   CHECK(copy.samples == copy.step * 3);
   CHECK(copy.bytes == copy.collective_seq * 5);
+  CHECK(copy.group_sequence == copy.collective_seq * 7);
   CHECK(copy.operation == (copy.collective_seq == 0 ? "" : "op" + std::to_string(copy.collective_seq)));
   return true;
 }
@@ -180,7 +207,7 @@ bool check_progress(const StatusSnapshot& copy) {
 void write_rounds(StatusPage& page, std::uint64_t rounds) {
   for (std::uint64_t i = 1; i <= rounds; ++i) {
     page.step(i, i * 3);
-    page.enter_collective("op" + std::to_string(i), i * 5);
+    page.enter_collective(launcher::operation_name("op" + std::to_string(i)), i * 5, i, i * 7);
   }
 }
 
@@ -202,7 +229,7 @@ void threads_read_consistent_snapshots() {
   }
   std::thread communication([&page] {
     for (std::uint64_t i = 1; i <= 50'000; ++i) {
-      page.enter_collective("op" + std::to_string(i), i * 5);
+      page.enter_collective(launcher::operation_name("op" + std::to_string(i)), i * 5, i, i * 7);
     }
   });
   std::thread heart([&page] {

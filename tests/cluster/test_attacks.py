@@ -352,6 +352,10 @@ BAD_MESSAGES: list[dict[str, Any]] = [
     {"kind": "stopping", "number": 15, "forced": "yes"},
     {"kind": "quiet"},
     {"kind": "quiet", "still": LONG},
+    {"kind": "waited"},
+    {"kind": "waited", "shares": 5},
+    {"kind": "waited", "shares": [[1, 2.0]]},
+    {"kind": "waited", "shares": [[0, 0.5]]},  # another host's rank
     {"kind": "stacked", "progress": 5, "cut": []},
     {"kind": "stacked", "progress": [5], "cut": []},
     {"kind": "stacked", "progress": [{"rank": "x", "inside": None, "step": 0}], "cut": []},

@@ -305,6 +305,92 @@ def test_programs_without_a_status_page_cannot_leave_early():
     assert verdict_of(ended(0, at=200, phase=None), ended(1, phase=None)).exit_code == 0
 
 
+# ---- collectives
+
+
+def gave_up(rank, accused, at=100, call="allreduce #812 of 26,214,400 B", host="algo-2", what="has died", **more):
+    """A rank that could not finish a collective of ours."""
+    message = f"launcher.errors.CollectiveError: {call}: rank {accused} on {host} (pid 1234) {what}"
+    return ended(rank, 1, at=at, message=message, **more)
+
+
+def test_the_end_of_a_rank_in_a_collective_says_which_and_where():
+    inside = {"operation": "allreduce", "sequence": 812}
+    killed = ended(3, at=101, sig=signal.SIGKILL, host="algo-2", phase=RUNNING, collective_phase="reducing", **inside)
+    verdict = verdict_of(gave_up(0, 3), killed, gave_up(1, 3, at=102))
+    assert (verdict.exit_code, verdict.culprit.rank) == (137, 3)
+    assert verdict.headline == "rank 3 on algo-2 was killed by SIGKILL during allreduce #812 (reducing)"
+    assert verdict.victims == dict.fromkeys((0, 1), "could not finish allreduce #812")
+    assert "of the other 2 ranks 2 lost a peer" in verdict.text
+    between = verdict_of(gave_up(0, 3), replace(killed, collective_phase="", sequence=811))
+    assert between.headline == "rank 3 on algo-2 was killed by SIGKILL"
+    assert "the last collective that rank 3 had finished: allreduce #811" in between.text
+    assert "rank 0: could not finish allreduce #812: launcher.errors.CollectiveError: allreduce #812" in between.text
+    for end, words in (
+        ({"code": 5}, "exited with code 5 during allreduce #812 (reducing)"),
+        ({"code": 1, "message": "KeyError: 1"}, "failed during allreduce #812 (reducing): KeyError: 1 (exit code 1)"),
+    ):
+        one = ended(3, phase=RUNNING, collective_phase="reducing", **inside, **end)
+        assert verdict_of(gave_up(0, 3), one).headline == f"rank 3 on algo-1 {words}"
+    left = ended(3, phase=RUNNING, collective_phase="reducing", **inside)
+    assert "ended early with 0 during allreduce #812 (reducing): it left" in verdict_of(gave_up(0, 3), left).headline
+
+
+def test_who_could_not_finish_a_collective_names_the_cause():
+    """The culprit has no failure of its own: it was stuck, and the launcher ended it."""
+    what = "did not come within 30 s: it is in broadcast #811"
+    verdict = verdict_of(gave_up(0, 3, what=what), gave_up(1, 3, at=101, what=what), told(3, host="algo-2"))
+    assert (verdict.kind, verdict.exit_code, verdict.culprit.rank) == ("rank", 1, 3)
+    assert verdict.headline == f"rank 3 on algo-2 (pid 1234) {what} (told by rank 0 on algo-1, in allreduce #812)"
+    assert set(verdict.victims) == {0, 1}
+
+
+def test_a_rank_that_ended_well_before_the_others_were_done_is_named():
+    verdict = verdict_of(gave_up(0, 1, what="left the group", host="algo-1"), ended(1, at=90))
+    assert (verdict.kind, verdict.exit_code, verdict.culprit.rank) == ("rank", 1, 1)
+    assert verdict.headline.startswith("rank 1 on algo-1 (pid 1234) left the group (told by rank 0")
+
+
+def test_accusations_are_followed_to_their_source():
+    """Rank 2 gives up first; 1 misses it, 0 misses 1. And with two that accuse each other, it comes to an end."""
+    chain = (gave_up(0, 1, at=103), gave_up(1, 2, at=102), gave_up(2, 3, at=104, what="did not come within 3 s"))
+    verdict = verdict_of(*chain, told(3, host="algo-2", at=140))
+    assert verdict.culprit.rank == 3
+    assert "(told by rank 2 on algo-1, in allreduce #812)" in verdict.headline
+    assert verdict_of(gave_up(0, 1), gave_up(1, 0, at=101)).kind == "rank"
+
+
+def test_a_mismatch_names_the_rank_that_called_something_else():
+    text = "barrier #4: rank 1 called broadcast of 4,096 B where rank 0 called barrier"
+    verdict = verdict_of(ended(0, 1, message=f"CollectiveError: {text}"), told(1))
+    assert verdict.culprit.rank == 1
+    assert verdict.headline.startswith("rank 1 called broadcast of 4,096 B where rank 0 called barrier (told by rank 0")
+
+
+def test_an_accused_rank_that_is_gone_without_a_record_is_still_named():
+    verdict = verdict_of(gave_up(0, 3))
+    assert (verdict.exit_code, verdict.culprit) == (1, None)
+    assert verdict.headline.startswith("rank 3 on algo-2 (pid 1234) has died (told by rank 0 on algo-1")
+
+
+def test_who_blames_itself_or_nobody_is_no_victim():
+    """A rank whose own caller stopped waiting; and words that only look like ours."""
+    own = gave_up(1, 1, what="was interrupted", host="algo-1")
+    assert verdict_of(own, gave_up(0, 1, at=99)).culprit.rank == 1
+    like = ended(0, 1, message="ValueError: batch #12: rank 3 has bad data")
+    assert verdict_of(like, ended(3, 2, at=101)).culprit.rank == 0
+
+
+def test_a_stop_of_the_platform_is_no_ranks_fault():
+    """Ranks leave their loops at different steps."""
+    assert verdict_of(gave_up(0, 1), told(1), stop_signal=15).kind == "stopped"
+
+
+def test_a_straggler_is_in_the_text_of_a_failure():
+    line = "rank 3 on algo-2 was the straggler: others waited 41 % of 600 s for it"
+    assert line in verdict_of(ended(0, 3), told(1), straggler=line).text
+
+
 # ---- stop and hang
 
 

@@ -337,8 +337,42 @@ def test_the_rank_that_never_entered_the_collective_is_on_the_other_host(make_ho
     """)
     hosts.start_all("-n", "2", "--hang-timeout", "2", "train.py")
     detail = hosts.assert_all_say(75, "hang: ")
-    assert "rank 3 is behind, at step 2" in hosts[0].failure.splitlines()[0]
+    assert "rank 3 on algo-2 is behind, at step 2" in hosts[0].failure.splitlines()[0]
     assert (detail["culprit"]["rank"], detail["culprit"]["host"]) == (3, "algo-2")
+
+
+@pytest.mark.slow
+def test_hosts_of_one_rank_each_know_for_whom_they_wait(make_hosts):
+    """Row 26, and stragglers: first rank 1 is slow, then it does not come to a collective at all."""
+    hosts = make_hosts(2)
+    hosts.script("""
+        import os, time
+        from launcher.rank import status
+        from together import *
+        page = status.open_page(os.environ["LAUNCHER_STATUS_PAGE"], writable=True)
+        up()
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            time.sleep(0.05)
+            page.enter_collective("allreduce", 64)
+            if rank == 0:
+                page.add_collective_wait(25_000_000)
+            page.leave_collective()
+        page.enter_collective("broadcast", 8, 1283)
+        if rank == 0:
+            page.enter_collective("allreduce", 25 << 20, 1284)
+            page.set_collective_phase(status.WAITING)
+            page.set_waiting_for(1)
+        else:
+            page.leave_collective()
+        time.sleep(600)
+    """)
+    hosts.start_all("-n", "1", "--hang-timeout", "2", "--straggler-window", "1", "train.py")
+    detail = hosts.assert_all_say(75, "hang: ")
+    told = "rank 1 on algo-2 never entered allreduce #1284 (last: broadcast #1283); rank 0 waits in allreduce #1284 of "
+    assert told in hosts[0].failure.splitlines()[0]
+    assert (detail["culprit"]["rank"], detail["culprit"]["host"]) == (1, "algo-2")
+    assert "rank 1 on algo-2 is the straggler: others waited " in hosts[0].stderr
 
 
 @pytest.mark.parametrize("full", [0, 1], ids=["leader", "member"])

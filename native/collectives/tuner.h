@@ -1,0 +1,75 @@
+// Which way of moving private memory is the fastest here: tried on the calls themselves, by size of message. All ranks
+// feed it the same measurements in the same order, so all choose the same. No choice changes a bit of any result.
+#ifndef LAUNCHER_COLLECTIVES_TUNER_H
+#define LAUNCHER_COLLECTIVES_TUNER_H
+
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace launcher::collectives {
+
+struct Choice {
+  bool pulled = false;
+  bool two_shot = false;  // each rank folds its share, then takes the others' shares; else each folds everything
+  std::size_t block = 0;  // bytes
+};
+
+class Tuner {
+ public:
+  explicit Tuner(std::vector<Choice> choices) : choices_(std::move(choices)) {}
+
+  static std::size_t class_of(std::size_t bytes) noexcept { return static_cast<std::size_t>(std::bit_width(bytes)); }
+  const Choice& choice(std::size_t index) const noexcept { return choices_[index]; }
+
+  // Index of the choice for the next call of this class.
+  std::size_t next(std::size_t size_class) const noexcept {
+    const Class& seen = classes_[size_class];
+    const std::size_t many = choices_.size();
+    if (seen.calls < kTrials * many) {
+      return seen.calls % many;
+    }
+    // Machines change their mind: two cores that shared a cache may not any more.
+    if (seen.calls % kAgain == 0) {
+      return seen.calls / kAgain % many;
+    }
+    return seen.best;
+  }
+
+  void learn(std::size_t size_class, std::size_t index, std::uint32_t ns) noexcept {
+    if (size_class >= classes_.size() || index >= choices_.size() || index >= kMost) {
+      return;
+    }
+    Class& seen = classes_[size_class];
+    ++seen.calls;
+    double& score = seen.scores[index];
+    const double now = ns;
+    // The first call pays for page faults; a single bad one, for something else on the machine.
+    score = score == 0 || now < score ? now : score + (now < 3 * score ? now - score : 2 * score) / 8;
+    seen.best = 0;
+    for (std::size_t other = 1; other < choices_.size(); ++other) {
+      if (seen.scores[other] != 0 && seen.scores[other] < seen.scores[seen.best]) {
+        seen.best = other;
+      }
+    }
+  }
+
+ private:
+  static constexpr std::size_t kMost = 8;
+  static constexpr std::size_t kTrials = 4;
+  static constexpr std::size_t kAgain = 96;
+  struct Class {
+    std::size_t calls = 0;
+    std::size_t best = 0;
+    std::array<double, kMost> scores{};
+  };
+
+  std::vector<Choice> choices_;
+  std::array<Class, 65> classes_;
+};
+
+}  // namespace launcher::collectives
+
+#endif

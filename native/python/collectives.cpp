@@ -1,0 +1,393 @@
+#include "launcher/collectives.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "module.h"
+
+namespace launcher::python {
+namespace {
+
+namespace collectives = launcher::collectives;
+using collectives::DType;
+using collectives::Failure;
+using collectives::Group;
+using collectives::GroupError;
+using collectives::ReduceOp;
+using Address = std::uintptr_t;
+using Counts = std::vector<std::size_t>;
+
+// As launcher.errors.CollectiveError documents them.
+const char* name_of(Failure failure) noexcept {
+  constexpr const char* names[] = {"lost", "left", "timeout", "mismatch", "interrupted", "closed", "system"};
+  return names[static_cast<std::size_t>(failure)];
+}
+
+[[noreturn]] void raise(const GroupError& error) {
+  nb::object type = nb::module_::import_("launcher.errors").attr("CollectiveError");
+  nb::object value =
+      type(error.what(), name_of(error.failure()), error.rank(), error.host(), error.operation(), error.sequence());
+  PyErr_SetObject(type.ptr(), value.ptr());
+  throw nb::python_error();
+}
+
+[[noreturn]] void raise(const std::system_error& error) {
+  PyObject* arguments = Py_BuildValue("(is)", error.code().value(), error.what());
+  if (arguments != nullptr) {
+    PyErr_SetObject(PyExc_OSError, arguments);
+    Py_DECREF(arguments);
+  }
+  throw nb::python_error();
+}
+
+// Set when the interpreter is about to be taken down. A thread other than the main one would then be ended inside
+// PyEval_RestoreThread by an unwinding that C++ frames turn into std::terminate; it sleeps in place of that.
+std::atomic<bool> ending{false};
+
+bool on_main_thread() noexcept { return ::syscall(SYS_gettid) == ::getpid(); }
+
+class Unlocked {
+ public:
+  Unlocked() noexcept : state_(PyEval_SaveThread()) {}
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+  ~Unlocked() {
+    if (ending.load(std::memory_order_relaxed) && !on_main_thread()) {
+      for (;;) {
+        ::pause();
+      }
+    }
+    PyEval_RestoreThread(state_);
+  }
+
+ private:
+  PyThreadState* state_;
+};
+
+// What a signal handler in Python raised while a call was waiting.
+class Interruption {
+ public:
+  // Called without the GIL, on the thread that waits. Python runs signal handlers on the main thread only, so no other
+  // thread need fetch the GIL for it.
+  bool operator()() {
+    if (!on_main_thread()) {
+      return false;
+    }
+    nb::gil_scoped_acquire locked;
+    if (PyErr_CheckSignals() == 0) {
+      return false;
+    }
+    raised_.emplace();
+    return true;
+  }
+
+  void rethrow() {
+    if (raised_) {
+      nb::python_error error = *std::move(raised_);
+      raised_.reset();
+      throw nb::python_error(std::move(error));
+    }
+  }
+
+ private:
+  std::optional<nb::python_error> raised_;
+};
+
+std::chrono::nanoseconds to_timeout(double seconds) {
+  if (!(seconds > 0)) {
+    throw std::invalid_argument("timeout_s is " + std::to_string(seconds) + "; expected more than 0 seconds");
+  }
+  constexpr double longest = 1e9;  // some thirty years; what is more would not fit
+  return std::chrono::nanoseconds(static_cast<std::int64_t>(std::min(seconds, longest) * 1e9));
+}
+
+DType to_dtype(int number) {
+  if (number < 0 || number >= collectives::kDTypes) {
+    throw std::invalid_argument("dtype is " + std::to_string(number) + "; expected a DType, 0 to " +
+                                std::to_string(collectives::kDTypes - 1));
+  }
+  return static_cast<DType>(number);
+}
+
+ReduceOp to_operation(int number) {
+  if (number < 0 || number >= collectives::kReduceOps) {
+    throw std::invalid_argument("op is " + std::to_string(number) + "; expected a ReduceOp, 0 to " +
+                                std::to_string(collectives::kReduceOps - 1));
+  }
+  return static_cast<ReduceOp>(number);
+}
+
+void* to_pointer(Address address) noexcept { return reinterpret_cast<void*>(address); }
+
+// Runs `work` without the GIL; its errors become Python's.
+template <typename Work>
+auto unlocked(Interruption& interruption, Work&& work) {
+  try {
+    Unlocked free;
+    return work();
+  } catch (const GroupError& error) {
+    if (error.failure() == Failure::interrupted) {
+      interruption.rethrow();
+    }
+    raise(error);
+  } catch (const std::system_error& error) {
+    raise(error);
+  }
+}
+
+class LocalGroup {
+ public:
+  LocalGroup(const std::string& directory, const std::string& name, int rank, int size, std::vector<int> ranks,
+             const std::string& host, double timeout_s, nb::object page)
+      : page_(std::move(page)), name_(name), timeout_s_(timeout_s), interruption_(std::make_shared<Interruption>()) {
+    collectives::Options options;
+    options.directory = directory;
+    options.name = name;
+    options.rank = rank;
+    options.size = size;
+    options.ranks = std::move(ranks);
+    options.host = host;
+    options.timeout = to_timeout(timeout_s);
+    options.interrupted = [interruption = interruption_] { return (*interruption)(); };
+    options.page = page_.is_none() ? nullptr : nb::cast<StatusPage*>(page_);
+    group_ = unlocked(*interruption_, [&] { return Group::join(std::move(options)); });
+  }
+
+  LocalGroup(const LocalGroup&) = delete;
+  LocalGroup& operator=(const LocalGroup&) = delete;
+
+  ~LocalGroup() {
+    if (group_ != nullptr) {
+      Unlocked free;
+      group_.reset();
+    }
+  }
+
+  // One call after the other; without the GIL.
+  template <typename Work>
+  auto call(Work&& work) {
+    const Turn turn(*this);
+    return unlocked(*interruption_, std::forward<Work>(work));
+  }
+
+  Group& group() noexcept { return *group_; }
+  const std::string& name() const noexcept { return name_; }
+  double timeout_s() const noexcept { return timeout_s_; }
+  void set_timeout_s(double seconds) {
+    const auto timeout = to_timeout(seconds);
+    const Turn turn(*this);
+    group_->set_timeout(timeout);
+    timeout_s_ = seconds;
+  }
+
+ private:
+  // The GIL makes testing and setting one step.
+  class Turn {
+   public:
+    explicit Turn(LocalGroup& owner) : owner_(owner) {
+      if (owner.busy_) {
+        throw std::runtime_error("group '" + owner.name_ +
+                                 "' is in a call of another thread: one thread at a time (see "
+                                 "launcher.collectives.executor)");
+      }
+      owner.busy_ = true;
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() { owner_.busy_ = false; }
+
+   private:
+    LocalGroup& owner_;
+  };
+
+  nb::object page_;  // the group writes to it
+  std::string name_;
+  double timeout_s_;
+  bool busy_ = false;
+  std::shared_ptr<Interruption> interruption_;
+  std::unique_ptr<Group> group_;
+};
+
+void allreduce(LocalGroup& self, Address source, Address target, std::size_t count, int dtype, int op, double prescale,
+               double postscale) {
+  const collectives::Piece piece{to_pointer(source), to_pointer(target), count};
+  const DType type = to_dtype(dtype);
+  const ReduceOp operation = to_operation(op);
+  self.call([&] { self.group().allreduce(std::span(&piece, 1), type, operation, {prescale, postscale}); });
+}
+
+void allreduce_coalesced(LocalGroup& self, const std::vector<Address>& sources, const std::vector<Address>& targets,
+                         const Counts& counts, int dtype, int op, double prescale, double postscale) {
+  if (sources.size() != targets.size() || sources.size() != counts.size()) {
+    throw std::invalid_argument("allreduce_coalesced got " + std::to_string(sources.size()) + " sources, " +
+                                std::to_string(targets.size()) + " targets and " + std::to_string(counts.size()) +
+                                " counts; expected one of each per piece");
+  }
+  std::vector<collectives::Piece> pieces;
+  pieces.reserve(sources.size());
+  for (std::size_t index = 0; index < sources.size(); ++index) {
+    pieces.push_back({to_pointer(sources[index]), to_pointer(targets[index]), counts[index]});
+  }
+  const DType type = to_dtype(dtype);
+  const ReduceOp operation = to_operation(op);
+  self.call([&] { self.group().allreduce(pieces, type, operation, {prescale, postscale}); });
+}
+
+void reduce_scatter(LocalGroup& self, Address source, Address target, const Counts& counts, int dtype, int op,
+                    double prescale, double postscale) {
+  const DType type = to_dtype(dtype);
+  const ReduceOp operation = to_operation(op);
+  self.call([&] {
+    self.group().reduce_scatter(to_pointer(source), to_pointer(target), counts, type, operation, {prescale, postscale});
+  });
+}
+
+void all_gather(LocalGroup& self, Address source, Address target, const Counts& counts, int dtype) {
+  const DType type = to_dtype(dtype);
+  self.call([&] { self.group().all_gather(to_pointer(source), to_pointer(target), counts, type); });
+}
+
+void broadcast(LocalGroup& self, Address pointer, std::size_t count, int dtype, int root) {
+  const DType type = to_dtype(dtype);
+  self.call([&] { self.group().broadcast(to_pointer(pointer), count, type, root); });
+}
+
+void reduce(LocalGroup& self, Address source, Address target, std::size_t count, int dtype, int root, int op,
+            double prescale, double postscale) {
+  const DType type = to_dtype(dtype);
+  const ReduceOp operation = to_operation(op);
+  self.call([&] {
+    self.group().reduce(to_pointer(source), to_pointer(target), count, type, operation, root, {prescale, postscale});
+  });
+}
+
+void all_to_all(LocalGroup& self, Address source, Address target, const Counts& send_counts,
+                const Counts& receive_counts, int dtype) {
+  const DType type = to_dtype(dtype);
+  self.call(
+      [&] { self.group().all_to_all(to_pointer(source), to_pointer(target), send_counts, receive_counts, type); });
+}
+
+constexpr std::pair<const char*, collectives::Path> kPaths[] = {
+    {"automatic", collectives::Path::automatic}, {"small", collectives::Path::small},
+    {"pipelined", collectives::Path::pipelined}, {"shared", collectives::Path::shared},
+    {"pulled", collectives::Path::pulled},
+};
+
+void set_path(LocalGroup& self, const std::string& name) {
+  for (const auto& [known, path] : kPaths) {
+    if (name == known) {
+      self.call([&self, path = path] { self.group().set_path(path); });
+      return;
+    }
+  }
+  throw std::invalid_argument("path is '" + name + "'; expected automatic, small, pipelined, shared or pulled");
+}
+
+nb::dict statistics(LocalGroup& self) {
+  const collectives::Statistics seen = self.group().statistics();
+  nb::dict calls;
+  nb::dict bytes;
+  for (const auto& [name, path] : kPaths) {
+    if (path != collectives::Path::automatic) {
+      calls[name] = seen.calls[static_cast<std::size_t>(path)];
+      bytes[name] = seen.bytes[static_cast<std::size_t>(path)];
+    }
+  }
+  nb::dict out;
+  out["calls"] = calls;
+  out["bytes"] = bytes;
+  out["waited_s"] = static_cast<double>(seen.waited_ns) / 1e9;
+  out["ping_ns"] = seen.ping_ns;
+  out["chunk_bytes"] = seen.chunk_bytes;
+  out["can_pull"] = seen.can_pull;
+  out["spin"] = seen.spin;
+  return out;
+}
+
+std::string describe(LocalGroup& self) {
+  return "LocalGroup('" + self.name() + "', rank " + std::to_string(self.group().rank()) + " of " +
+         std::to_string(self.group().size()) + ")";
+}
+
+}  // namespace
+
+void bind_collectives(nb::module_& module) {
+  using nb::arg;
+  // A group that is still there when the process ends is no leak: its memory goes with the process.
+  nb::set_leak_warnings(false);
+  nb::module_::import_("atexit").attr("register")(
+      nb::cpp_function([] { ending.store(true, std::memory_order_relaxed); }));
+
+  nb::class_<LocalGroup>(module, "LocalGroup", "Ranks of one host; see launcher.collectives.group.Group.")
+      .def(nb::init<const std::string&, const std::string&, int, int, std::vector<int>, const std::string&, double,
+                    nb::object>(),
+           arg("directory"), arg("name"), arg("rank"), arg("size"), nb::kw_only(), arg("ranks") = std::vector<int>(),
+           arg("host") = "", arg("timeout_s") = 1800.0, arg("status_page") = nb::none())
+      .def_prop_ro("name", &LocalGroup::name)
+      .def_prop_ro("rank", [](LocalGroup& self) { return self.group().rank(); })
+      .def_prop_ro("size", [](LocalGroup& self) { return self.group().size(); })
+      .def_prop_ro("sequence", [](LocalGroup& self) { return self.group().sequence(); })
+      .def_prop_rw("timeout_s", &LocalGroup::timeout_s, &LocalGroup::set_timeout_s)
+      .def("allreduce", &allreduce, arg("source"), arg("target"), arg("count"), arg("dtype"), arg("op") = 0,
+           arg("prescale") = 1.0, arg("postscale") = 1.0)
+      .def("allreduce_coalesced", &allreduce_coalesced, arg("sources"), arg("targets"), arg("counts"), arg("dtype"),
+           arg("op") = 0, arg("prescale") = 1.0, arg("postscale") = 1.0)
+      .def("reduce_scatter", &reduce_scatter, arg("source"), arg("target"), arg("counts"), arg("dtype"), arg("op") = 0,
+           arg("prescale") = 1.0, arg("postscale") = 1.0)
+      .def("all_gather", &all_gather, arg("source"), arg("target"), arg("counts"), arg("dtype"))
+      .def("broadcast", &broadcast, arg("pointer"), arg("count"), arg("dtype"), arg("root"))
+      .def("reduce", &reduce, arg("source"), arg("target"), arg("count"), arg("dtype"), arg("root"), arg("op") = 0,
+           arg("prescale") = 1.0, arg("postscale") = 1.0)
+      .def("all_to_all", &all_to_all, arg("source"), arg("target"), arg("send_counts"), arg("receive_counts"),
+           arg("dtype"))
+      .def("barrier", [](LocalGroup& self) { self.call([&self] { self.group().barrier(); }); })
+      .def(
+          "allocate",
+          [](LocalGroup& self, std::size_t nbytes) {
+            return self.call([&] { return reinterpret_cast<Address>(self.group().allocate(nbytes)); });
+          },
+          arg("nbytes"))
+      .def(
+          "release",
+          [](LocalGroup& self, Address address) { self.call([&] { self.group().release(to_pointer(address)); }); },
+          arg("address"))
+      .def(
+          "register",
+          [](LocalGroup& self, Address address, std::size_t nbytes, int fd) {
+            self.call([&] { self.group().register_memory(to_pointer(address), nbytes, fd); });
+          },
+          arg("address"), arg("nbytes"), arg("fd"))
+      .def(
+          "unregister",
+          [](LocalGroup& self, Address address) {
+            self.call([&] { self.group().unregister_memory(to_pointer(address)); });
+          },
+          arg("address"))
+      .def("statistics", &statistics)
+      .def("set_path", &set_path, arg("name"))
+      // Beside a call of another thread: it is how such a call is ended.
+      .def(
+          "abort", [](LocalGroup& self, const std::string& reason) { self.group().abort(reason); }, arg("reason"))
+      .def("close", [](LocalGroup& self) { self.call([&self] { self.group().close(); }); })
+      .def("__repr__", &describe);
+}
+
+}  // namespace launcher::python
