@@ -247,7 +247,7 @@ class Crossing:
             except LegError:
                 continue
         self.leg.timeout_s = limit
-        self._boxes, self._sends = {}, []
+        self._boxes, self._notices, self._sends = {}, {}, []
         self.leg.close()
 
 
@@ -255,7 +255,7 @@ class Fold:
     """How elements are folded between the hosts, and finished: scale for floating point, divisor for integers."""
 
     def __init__(self, dtype: int, op: int, scale: float, divisor: int, prescale: Sequence[float] = ()) -> None:
-        from launcher import _native
+        import launcher._native as _native
 
         self.dtype, self.op, self.size = dtype, op, SIZES[dtype]
         self._scale, self._divisor, self._prescale = scale, divisor, list(prescale)
@@ -300,9 +300,6 @@ class Direct:
         layout = self._crossing.layout
         nbytes = self._lines[layout.host] * count * self._fold.size
         self._sends[chunk] = [self._crossing.send(peer, own, nbytes, DATA) for _, peer in layout.peers if count]
-
-    def middle(self, chunk: int, slot: int, own: int, count: int, target: int) -> None:
-        """Nothing here."""
 
     def end(self, chunk: int, slot: int, own: int, count: int, target: int) -> None:
         """Waits for the others' parts and folds all into ``target``."""
@@ -419,9 +416,6 @@ class Rounded:
         compress(rounded, own, self._errors, count, self._wire)
         self._errors += count * 4
         self._sends[chunk] = [self._crossing.send(peer, rounded, count * 2, DATA) for _, peer in layout.peers if count]
-
-    def middle(self, chunk: int, slot: int, own: int, count: int, target: int) -> None:
-        """Nothing here."""
 
     def end(self, chunk: int, slot: int, own: int, count: int, target: int) -> None:
         from launcher._native import decompress

@@ -235,6 +235,7 @@ def join(
         return local
     from launcher.collectives.hierarchy import make
 
+    assert store is not None  # members of other hosts were learnt from it
     try:
         return make(
             local,

@@ -43,6 +43,7 @@ _BITS = (ReduceOp.BIT_AND, ReduceOp.BIT_OR, ReduceOp.BIT_XOR)
 _CULPRIT = re.compile(r"culprit: rank (-?\d+) on ([^;]*); (\w+): (.*)", re.DOTALL)
 _LEG_VARIABLE, _WIRE_VARIABLE = "LAUNCHER_COLLECTIVE_LEG", "LAUNCHER_COLLECTIVE_WIRE"
 _said: set[str] = set()
+_LATER_S = 30.0
 
 
 def make(
@@ -192,11 +193,11 @@ class HierarchicalGroup:
     ) -> None:
         self.name, self.leg_name, self.why = name, leg.name, why
         self._local, self._leg, self._layout = local, leg, layout
-        self._timeout_s = timeout_s
         self._failure: CollectiveError | None = None
         self._closed = False
         self._sequence = 0
         self._messages = Messages(local, leg, layout, wire_of(wire), independent)
+        self.timeout_s = timeout_s
 
     @property
     def rank(self) -> int:
@@ -220,7 +221,8 @@ class HierarchicalGroup:
 
     @timeout_s.setter
     def timeout_s(self, seconds: float) -> None:
-        self._local.timeout_s = seconds  # which refuses what makes no sense
+        # Inside the host a little longer: whoever waits for a rank that waits for another host is to be told by it.
+        self._local.timeout_s = seconds + min(_LATER_S, max(1.0, seconds / 10))  # which refuses what makes no sense
         self._timeout_s = self._leg.timeout_s = seconds
 
     # ---- operations

@@ -26,6 +26,9 @@ class GlooLeg:
     """See legs.Leg."""
 
     name = "gloo"
+    # Each message costs changes of threads on the side that receives. Measured for 25 MiB both ways at 10 Gbit/s: 25 ms
+    # in messages of 4 MiB, 29 ms in those of 1 MiB, 35 ms in those of 256 KiB.
+    message_bytes = 4 * 1024 * 1024
 
     def __init__(self, store: Store, prefix: str, rank: int, size: int, timeout_s: float) -> None:
         """Connects to all members; blocks until all have come.
@@ -39,9 +42,12 @@ class GlooLeg:
         if not dist.is_available() or not dist.is_gloo_available():
             raise LegError(-1, "system", "this torch was built without Gloo")
         self._torch = torch
+        # Gloo closes its connections with the last reference to a message, so all that are under way are known here.
+        self._open: dict[int, list[Any]] = {}
         self.timeout_s = timeout_s
         options = dist.ProcessGroupGloo._Options()
         options._timeout = _delta(timeout_s)
+        self._store = torch_store(store)  # what Gloo holds of it does not keep a store that is written in Python
         interfaces = [one for one in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if one]
         try:
             options._devices = [
@@ -50,39 +56,54 @@ class GlooLeg:
                 else dist.ProcessGroupGloo.create_default_device()
             ]
             self._group: Any = dist.ProcessGroupGloo(
-                dist.PrefixStore(f"{prefix}/gloo", torch_store(store)), rank, size, options
+                dist.PrefixStore(f"{prefix}/gloo", self._store), rank, size, options
             )
         except RuntimeError as error:
             raise LegError(-1, "system", f"Gloo could not connect the hosts: {_plain(error)}") from error
 
     def isend(self, peer: int, address: int, nbytes: int, lane: int) -> Any:
-        try:
-            return self._group.send([self._tensor(address, nbytes)], peer, lane), peer
-        except RuntimeError as error:
-            raise self._error(error, peer) from error
+        return self._begin(True, peer, address, nbytes, lane)
 
     def irecv(self, peer: int, address: int, nbytes: int, lane: int) -> Any:
+        return self._begin(False, peer, address, nbytes, lane)
+
+    def _begin(self, send: bool, peer: int, address: int, nbytes: int, lane: int) -> Any:
+        if self._group is None:
+            raise LegError(peer, "closed", "the leg is closed")
+        tensor = self._torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=self._torch.uint8)
         try:
-            return self._group.recv([self._tensor(address, nbytes)], peer, lane), peer
+            handle = [(self._group.send if send else self._group.recv)([tensor], peer, lane), peer]
         except RuntimeError as error:
             raise self._error(error, peer) from error
+        self._open[id(handle)] = handle
+        return handle
 
     def wait(self, handles: Iterable[Any]) -> None:
         limit = _delta(self.timeout_s)
-        for work, peer in handles:
-            try:
-                work.wait(limit)
-            except RuntimeError as error:
-                raise self._error(error, peer) from error
+        for handle in handles:
+            if handle:
+                self._wait(handle, limit)
+
+    def _wait(self, handle: list[Any], limit: timedelta) -> None:
+        peer = handle[1]
+        try:
+            handle[0].wait(limit)
+        except RuntimeError as error:
+            raise self._error(error, peer) from error
+        finally:
+            self._forget(handle)
+
+    def _forget(self, handle: list[Any]) -> None:
+        self._open.pop(id(handle), None)
+        handle.clear()
 
     def watch(self, handles: Sequence[Any]) -> None:
         """A peer that fails closes its connections, which ends every wait for it: nothing to look at in between."""
 
     def arrived(self, handle: Any, limit_s: float) -> bool:
-        work, _ = handle
         try:
-            work.wait(_delta(limit_s))
-        except RuntimeError:  # the connection was closed without it
+            self._wait(handle, _delta(limit_s))
+        except LegError:  # the connection was closed without it
             return False
         return True
 
@@ -91,9 +112,8 @@ class GlooLeg:
 
     def close(self) -> None:
         self._group = None
-
-    def _tensor(self, address: int, nbytes: int) -> Any:
-        return self._torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=self._torch.uint8)
+        for handle in list(self._open.values()):
+            self._forget(handle)
 
     def _error(self, error: RuntimeError, peer: int) -> LegError:
         text = _plain(error)

@@ -29,6 +29,9 @@ class MpiLeg:
     """See legs.Leg."""
 
     name = "mpi"
+    # Measured with Open MPI 5 for 25 MiB both ways at 10 Gbit/s, four messages under way: 22.3 ms in messages of
+    # 256 KiB, 24.5 ms in those of 1 MiB, 25.3 ms in those of 4 MiB; the wire itself takes 22.1 ms.
+    message_bytes = 256 * 1024
 
     def __init__(self, name: str, ranks: Sequence[int], timeout_s: float) -> None:
         """Makes the communicator; collective over the members. ``ranks``: the members' ranks in MPI's world."""
@@ -47,6 +50,7 @@ class MpiLeg:
             members.Free()
         self._byte = MPI.BYTE
         self._watched: list[Any] = []
+        self._receives: dict[int, Any] = {}
 
     def isend(self, peer: int, address: int, nbytes: int, lane: int) -> Any:
         try:
@@ -56,17 +60,21 @@ class MpiLeg:
 
     def irecv(self, peer: int, address: int, nbytes: int, lane: int) -> Any:
         try:
-            return self._comm.Irecv([self._buffer(address, nbytes), self._byte], peer, lane), peer
+            handle = self._comm.Irecv([self._buffer(address, nbytes), self._byte], peer, lane), peer
         except self._mpi.Exception as error:
             raise LegError(peer, "lost", f"MPI: {error}") from error
+        self._receives[id(handle)] = handle
+        return handle
 
     def wait(self, handles: Iterable[Any]) -> None:
-        for request, peer in handles:
+        for handle in handles:
+            request, peer = handle
             try:
                 if not request.Test():
                     self._poll(request, peer)
             except self._mpi.Exception as error:
                 raise LegError(peer, "lost", f"MPI: {error}") from error
+            self._receives.pop(id(handle), None)
 
     def _poll(self, request: Any, peer: int) -> None:
         began = time.monotonic()
@@ -103,6 +111,11 @@ class MpiLeg:
     def close(self) -> None:
         """Receives that nothing will match are cancelled; the communicator stays, since freeing it is collective."""
         self._watched = []
+        for request, _ in self._receives.values():
+            if not request.Test():
+                request.Cancel()
+                request.Wait()
+        self._receives = {}
 
     def _buffer(self, address: int, nbytes: int) -> Any:
         return (ctypes.c_char * nbytes).from_address(address)

@@ -38,10 +38,14 @@ class Leg(Protocol):
     Messages from one rank to another with the same ``lane`` arrive in the order in which they were sent, and match the
     receives in the order of those. A receive may be for more bytes than come. No method but ``wait`` and ``arrived``
     blocks.
+
+    Attributes:
+        message_bytes: the size of message that long transfers are best cut into.
     """
 
     name: str
     timeout_s: float
+    message_bytes: int
 
     def isend(self, peer: int, address: int, nbytes: int, lane: int) -> Any:
         """Begins to send; the memory must not change until :meth:`wait`."""
@@ -62,7 +66,7 @@ class Leg(Protocol):
         """Gives the engine the processor for a moment, where it has no thread of its own."""
 
     def close(self) -> None:
-        """Gives up what is under way and lets go of the connections."""
+        """Gives up what is under way and lets go of the connections; no memory is written to any more."""
 
 
 def mpi_lacking(environ: Mapping[str, str]) -> str:
@@ -129,6 +133,9 @@ def agree(
             )
 
     def lacking(engine: str) -> str:
+        reasons = {str(other["lacking"][engine]) for other in told}
+        if len(reasons) == 1:
+            return reasons.pop()
         for index, other in enumerate(told):
             if other["lacking"][engine]:
                 return f"{names[index]}: {other['lacking'][engine]}"

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 SMALL_BYTES = 64 * 1024
 """Up to so many bytes a message goes over the leaders."""
-CHUNK_BYTES = 4 * 1024 * 1024
-"""The most that one message on the wire has."""
-_LEAST_CHUNK_BYTES = 512 * 1024
+_MOST_BYTES = 4 * 1024 * 1024  # of one message on the wire
+_LEAST_BYTES = 512 * 1024  # where several ranks of a host share its wire
 _CHAIN_CHUNK_BYTES = 1024 * 1024
 _ALL_MAIL_BYTES = 8 * 1024 * 1024  # the most that a leader's mailboxes take
 _DIRECT_BYTES = 1024 * 1024  # up to so much goes to all other hosts at once, rather than part by part
@@ -123,7 +122,8 @@ class Messages:
         hosts = len(layout.hosts)
         mail = min(SMALL_BYTES, _ALL_MAIL_BYTES // (2 * (hosts - 1)))
         self.crossing = Crossing(local, leg, layout, mail)
-        self.chunk_bytes = max(_LEAST_CHUNK_BYTES, CHUNK_BYTES // layout.columns)
+        most = min(leg.message_bytes, _MOST_BYTES)
+        self.chunk_bytes = max(min(most, _LEAST_BYTES), most // layout.columns)
         self._scratch = local.allocate(mail)
         self.small_bytes = mail // (layout.most if independent else 1)
         self.calls = {"small": 0, "chunked": 0}
@@ -175,7 +175,7 @@ class Messages:
                 exchange.begin(index, slot, owns[index], share)
 
         def middle(index: int) -> None:
-            if exchange is not None:
+            if isinstance(exchange, Owners):
                 slot, _, _, _, share, result = plan[index]
                 exchange.middle(index, slot, owns[index], share, result)
 
@@ -187,7 +187,7 @@ class Messages:
             if not self._alone:
                 local.all_gather(result, target + start * item, shares, dtype)
 
-        self._pipeline(header, len(plan), post_chunk, begin, middle, end)
+        self._pipeline(header, len(plan), post_chunk, begin, middle if isinstance(exchange, Owners) else None, end)
 
     def _exchange(
         self, stages: Stages, count: int, tensor: tuple[int, ...], op: int
@@ -321,7 +321,7 @@ class Messages:
                 dtype,
             )
 
-        self._pipeline(header, len(stages.chunks), post_chunk, begin, _nothing, end)
+        self._pipeline(header, len(stages.chunks), post_chunk, begin, None, end)
 
     def gather(self, header: bytes, target: int, totals: Sequence[int], dtype: int) -> None:
         """Every host's block, of totals[host] elements, lies at its place in ``target`` on its ranks; then on all."""
@@ -359,7 +359,7 @@ class Messages:
                 if host != layout.host and not self._alone and any(shares):
                     self.local.all_gather(share(index, host)[0], at, shares, dtype)
 
-        self._pipeline(header, len(chunks), post_chunk, begin, _nothing, end)
+        self._pipeline(header, len(chunks), post_chunk, begin, None, end)
 
     def _gather_small(self, header: bytes, target: int, begins: list[int], dtype: int) -> None:
         from launcher._native import copy_bytes
@@ -422,7 +422,7 @@ class Messages:
             self.leg.wait(sends[:-_AHEAD])
             del sends[:-_AHEAD]
 
-        self._pipeline(header, len(chunks), post_chunk, begin, _nothing, end)
+        self._pipeline(header, len(chunks), post_chunk, begin, None, end)
         self.leg.wait(sends)
 
     def _spread_small(self, header: bytes, pointer: int, nbytes: int, home: int) -> None:
@@ -457,12 +457,12 @@ class Messages:
         handles = [
             self.leg.irecv(peer, target + came[peer] * item + at, nbytes, ROWS)
             for peer in outside
-            for at, nbytes in ranges(receive_counts[peer] * item, CHUNK_BYTES, 1)
+            for at, nbytes in ranges(receive_counts[peer] * item, _MOST_BYTES, 1)
         ]
         handles += [
             self.crossing.send(peer, source + to[peer] * item + at, nbytes, ROWS)
             for peer in outside
-            for at, nbytes in ranges(send_counts[peer] * item, CHUNK_BYTES, 1)
+            for at, nbytes in ranges(send_counts[peer] * item, _MOST_BYTES, 1)
         ]
         here = layout.here
         sends, receives = [send_counts[peer] for peer in here], [receive_counts[peer] for peer in here]
@@ -483,7 +483,7 @@ class Messages:
         chunks: int,
         post: Callable[[int], None],
         begin: Callable[[int], None],
-        middle: Callable[[int], None],
+        middle: Callable[[int], None] | None,
         end: Callable[[int], None],
     ) -> None:
         """Every chunk is posted, begun, brought to its middle and ended, in this order, several of them at a time."""
@@ -491,14 +491,16 @@ class Messages:
         self.crossing.announce(header)
         for index in range(min(_AHEAD, chunks)):
             post(index)
+        checked = False
         for index in range(chunks + _LAG):
             if index < chunks:
                 begin(index)
                 self.leg.progress()
-            if index == 0:
-                self.crossing.check(header)
+            if not checked and (index == chunks or index == (_LAG if middle is None else 1)):
+                self.crossing.check(header)  # before anything is waited for that other calls would not send
                 self.crossing.sent()
-            if 0 < index <= chunks:
+                checked = True
+            if middle is not None and 0 < index <= chunks:
                 middle(index - 1)
             if index >= _LAG:
                 end(index - _LAG)
@@ -550,7 +552,3 @@ class Ordered:
 def common(one: tuple[int, int], other: tuple[int, int]) -> int:
     """How many elements two ranges (begin, end) share."""
     return max(0, min(one[1], other[1]) - max(one[0], other[0]))
-
-
-def _nothing(index: int) -> None:
-    """For what has no middle."""

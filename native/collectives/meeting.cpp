@@ -106,7 +106,7 @@ Descriptor new_socket() {
   return out;
 }
 
-void send_welcome(int socket, const Welcome& welcome, const std::vector<int>& descriptors) {
+void send_welcome(int socket, const Welcome& welcome, const std::vector<int>& descriptors, Clock::time_point deadline) {
   iovec body{const_cast<Welcome*>(&welcome), sizeof welcome};
   msghdr message{};
   message.msg_iov = &body;
@@ -121,8 +121,13 @@ void send_welcome(int socket, const Welcome& welcome, const std::vector<int>& de
     header->cmsg_len = CMSG_LEN(descriptors.size() * sizeof(int));
     std::memcpy(CMSG_DATA(header), descriptors.data(), descriptors.size() * sizeof(int));
   }
-  // Who is gone by now is found out by the first wait for it.
-  static_cast<void>(::sendmsg(socket, &message, MSG_NOSIGNAL));
+  // A user may have only so many descriptors on their way (RLIMIT_NOFILE): the ranks that have theirs take them in
+  // meanwhile. Who is gone by now is found out by the first wait for it.
+  while (::sendmsg(socket, &message, MSG_NOSIGNAL) < 0 &&
+         (errno == ETOOMANYREFS || errno == EAGAIN || errno == ENOBUFS || errno == ENOMEM || errno == EINTR) &&
+         Clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
 }
 
 // The first rank: waits for the others.
@@ -156,9 +161,10 @@ class Host : Join {
       std::copy_n(text.begin(), std::min(text.size(), no.reason.size() - 1), no.reason.begin());
       for (const Descriptor& peer : peers_) {
         if (peer) {
-          send_welcome(peer.get(), no, {});
+          send_welcome(peer.get(), no, {}, Clock::now() + kTick);
         }
       }
+      turn_away(no);
       throw;
     }
     forget();
@@ -166,6 +172,21 @@ class Host : Join {
   }
 
  private:
+  // Who has called but was not greeted yet hears the reason too: it would take this rank for dead otherwise.
+  void turn_away(const Welcome& no) noexcept {
+    forget();
+    for (;;) {
+      Descriptor stranger(::accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      if (!stranger) {
+        break;
+      }
+      static_cast<void>(::send(stranger.get(), &no, sizeof no, MSG_NOSIGNAL));
+    }
+    for (const Descriptor& stranger : strangers_) {
+      static_cast<void>(::send(stranger.get(), &no, sizeof no, MSG_NOSIGNAL));
+    }
+  }
+
   void forget() noexcept {
     if (named_) {
       ::unlink(file().c_str());
@@ -278,7 +299,7 @@ class Host : Join {
     }
     for (std::size_t rank = 1; rank < peers_.size(); ++rank) {
       sent[1] = inboxes[rank].get();
-      send_welcome(peers_[rank].get(), yes, sent);
+      send_welcome(peers_[rank].get(), yes, sent, deadline_);
       out.processes.resize(rank);
       out.processes.emplace_back(pids_[rank]);
     }
@@ -304,9 +325,8 @@ class Guest : Join {
   Meeting run() {
     connect();
     const Hello hello{kSegmentMagic, options_.rank, options_.size};
-    if (::send(socket_.get(), &hello, sizeof hello, MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof hello)) {
-      lost_host();
-    }
+    // A first rank that has given up may have left an answer, and closed its end.
+    static_cast<void>(::send(socket_.get(), &hello, sizeof hello, MSG_NOSIGNAL));
     pollfd answer{socket_.get(), POLLIN, 0};
     // The first rank knows who is missing and says so at its own deadline; only then is this one's over.
     const auto patience = deadline_ + std::chrono::seconds(1);
@@ -353,7 +373,10 @@ class Guest : Join {
     message.msg_iovlen = 1;
     message.msg_control = control.data();
     message.msg_controllen = control.size();
-    const ssize_t count = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
+    ssize_t count = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
+    if (count < 0 && errno == ECONNRESET) {  // it closed with our hello unread; what it said comes after this error
+      count = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC);
+    }
     if (count <= 0) {
       lost_host();
     }

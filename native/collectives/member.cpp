@@ -104,8 +104,14 @@ void Member::begin(Operation operation, std::uint64_t bytes) {
   }
 }
 
-void Member::end() noexcept {
-  own().finished.store(sequence_, std::memory_order_relaxed);
+void Member::end(bool threw) noexcept {
+  if (threw) {
+    // Memory or descriptors may have run out in the middle of the call: the others would wait for its other half.
+    end_group(Failure::system, rank(),
+              place_of(options_, rank()) + " could not finish the call; its own error says why");
+  } else {
+    own().finished.store(sequence_, std::memory_order_relaxed);
+  }
   if (shows_) {
     options_.page->leave_collective(monotonic_ns());
     shows_ = false;
@@ -257,7 +263,9 @@ void Member::check(int rank, bool thorough) {
     return;
   }
   for (int other = 0; other < size(); ++other) {
-    if (other != options_.rank && !left(other) && !process(other).alive()) {
+    // One that has finished this call owes nothing to it, and may end.
+    if (other != options_.rank && !left(other) && !process(other).alive() &&
+        (sequence_ == 0 || segment_->place(other).finished.load(std::memory_order_acquire) < sequence_)) {
       lost(other);
     }
   }
@@ -313,8 +321,9 @@ void Member::fail(Failure failure, int culprit, const std::string& what) {
   if (segment_->header().ended.load(std::memory_order_acquire) == 2) {
     throw_ended();
   }
-  throw GroupError(failure, job_rank(options_, culprit), options_.host, name(operation_), sequence_,
-                   title() + ": " + what);
+  leave();  // the word that would refuse later calls is missing
+  throw GroupError(failure, culprit < 0 ? -1 : job_rank(options_, culprit), options_.host,
+                   sequence_ == 0 ? "join" : name(operation_), sequence_, title() + ": " + what);
 }
 
 void Member::throw_ended() {

@@ -3,6 +3,7 @@
 #define LAUNCHER_COLLECTIVES_MEMBER_H
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
@@ -32,13 +33,17 @@ class Member {
   // A call from its begin to its end, for the status page and for the eyes of the others.
   class Turn {
    public:
-    Turn(Member& member, Operation operation, std::uint64_t bytes) : member_(member) { member.begin(operation, bytes); }
-    ~Turn() { member_.end(); }
+    Turn(Member& member, Operation operation, std::uint64_t bytes)
+        : member_(member), exceptions_(std::uncaught_exceptions()) {
+      member.begin(operation, bytes);
+    }
+    ~Turn() { member_.end(std::uncaught_exceptions() > exceptions_); }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
    private:
     Member& member_;
+    int exceptions_;
   };
 
   // Says what this rank calls, waits until all have said theirs, and checks that it is the same.
@@ -83,7 +88,7 @@ class Member {
   Place& own() const noexcept { return segment_->place(options_.rank); }
   Entry& entry(int rank) const noexcept { return segment_->place(rank).entries[sequence_ & 1U]; }
   void begin(Operation operation, std::uint64_t bytes);
-  void end() noexcept;
+  void end(bool threw) noexcept;
   static void publish(Flag& flag, std::uint32_t value) noexcept;
   void wait_for(Flag& flag, std::uint32_t value, int rank) {
     if (!reached(flag, value)) {

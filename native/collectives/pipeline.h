@@ -38,7 +38,8 @@ void run_pipeline(Member& member, std::size_t blocks, In in, Mid mid) {
     member.phase(CollectivePhase::reducing);
     mid(b);
   }
-  member.skip_steps(static_cast<std::uint32_t>(blocks));
+  // As many as were published: after calls of one block each, the flag must not fall behind by half of its range.
+  member.skip_steps(static_cast<std::uint32_t>(blocks - 1));
 }
 
 template <typename In, typename Mid, typename Out>

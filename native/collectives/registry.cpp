@@ -18,7 +18,14 @@ Registry::Registry(Member& member, Descriptor inbox, std::vector<Descriptor> out
       in_process_(in_process),
       foreign_(static_cast<std::size_t>(member.size())) {}
 
+void Registry::check_owner() {
+  if (member_.forked()) {
+    member_.check_usable();
+  }
+}
+
 void* Registry::allocate(std::size_t bytes) {
+  check_owner();
   bytes = std::max<std::size_t>(bytes, 1);
   Own entry;
   entry.memory = make_memory("launcher-buffer", bytes);
@@ -35,6 +42,7 @@ void* Registry::allocate(std::size_t bytes) {
 }
 
 void Registry::add(void* address, std::size_t bytes, int descriptor) {
+  check_owner();
   if (address == nullptr || bytes == 0) {
     throw std::invalid_argument("memory to register is empty");
   }
@@ -91,6 +99,9 @@ Registry::Own* Registry::own(std::uint32_t id) noexcept {
 }
 
 void Registry::announce(const Notice& notice) {
+  if (member_.forked()) {
+    return;  // a fork gives back its own mapping only
+  }
   for (int rank = 0; rank < member_.size(); ++rank) {
     if (rank == member_.rank()) {
       continue;
@@ -122,7 +133,7 @@ bool Registry::send(int rank, const Notice& notice) {
   }
   const ssize_t sent =
       ::sendmsg(outboxes_[static_cast<std::size_t>(rank)].get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-  if (sent < 0 && (errno == EAGAIN || errno == ETOOMANYREFS || errno == ENOBUFS || errno == EINTR)) {
+  if (sent < 0 && (errno == EAGAIN || errno == ETOOMANYREFS || errno == ENOBUFS || errno == ENOMEM || errno == EINTR)) {
     return false;  // later: the rank has not read for a while
   }
   if (entry != nullptr) {

@@ -57,6 +57,7 @@ class Registry {
     Notice notice;
   };
 
+  void check_owner();  // throws in a fork
   void announce(const Notice& notice);
   bool send(int rank, const Notice& notice);
   bool receive();
