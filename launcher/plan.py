@@ -55,6 +55,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
             "port": prepared.rendezvous.port or "a free one, chosen at the start",
         },
         "mpirun": _mpirun(prepared),
+        "collectives": _collectives(prepared),
         "grace": {"after_failure_s": prepared.grace_failure_s, "on_stop_s": prepared.grace_stop_s},
         "run_directory": prepared.run_dir,
         "environment": contract.mask_secrets(shared),
@@ -82,6 +83,27 @@ def _mpirun(prepared: Prepared) -> list[str]:
     return command_of(prepared.mpi, prepared.mpi.mpirun, first_start(prepared), prepared.spec["interface"])
 
 
+def _collectives(prepared: Prepared) -> dict[str, str]:
+    """What carries launcher's own collectives inside a host and between hosts, and why.
+
+    Whether mpi4py is there, the ranks find out; they say in the log what they took.
+    """
+    found = {"inside": "shared memory", "between": "", "why": ""}
+    if len(prepared.topology.hosts) < 2:
+        return found
+    wish = prepared.environ.get("LAUNCHER_COLLECTIVE_LEG", "auto")
+    if wish != "auto":
+        found.update(between=wish, why="LAUNCHER_COLLECTIVE_LEG")
+    elif prepared.mpi is not None:
+        found.update(between="mpi", why="the job runs under MPI; gloo where mpi4py is not installed")
+    else:
+        found.update(between="gloo", why="the ranks are not started by mpirun")
+    wire = prepared.environ.get("LAUNCHER_COLLECTIVE_WIRE", "none")
+    if wire != "none":
+        found["wire"] = wire
+    return found
+
+
 def as_json(prepared: Prepared) -> str:
     """The plan as one JSON object."""
     return json.dumps(describe(prepared), indent=2, default=str)
@@ -104,6 +126,10 @@ def as_table(prepared: Prepared) -> str:
         lines.append(f"  ranks of hosts  {_ranks_of_hosts(topology.hosts, topology.slots)}")
         if not hosts["slots_known"]:
             lines.append("                  (if every host has as many as this one: each counts its own)")
+    legs = plan["collectives"]
+    across = f"; {legs['between']} between the hosts ({legs['why']})" if legs["between"] else ""
+    rounded = f", float32 sums in {legs['wire']}" if "wire" in legs else ""
+    lines.append(f"  collectives     {legs['inside']}{across}{rounded}")
     grace = plan["grace"]
     lines.append(
         f"  grace           {grace['after_failure_s']:g} s after a failure, {grace['on_stop_s']:g} s on a stop"

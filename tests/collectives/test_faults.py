@@ -149,7 +149,7 @@ def test_who_is_killed_while_the_group_is_made_is_named(tmp_path: Path) -> None:
     for outcome in run(cases, tmp_path, 60.0):
         check(outcome, ("lost", "left", "timeout"))
         reasons |= {seen["error"][0] for seen in outcome["others"]}
-    assert {"lost", "timeout"} <= reasons
+    assert "lost" in reasons, reasons
 
 
 LOOP = """

@@ -42,11 +42,15 @@ def total(group):
 """
 
 
-def has_socket(pid: int) -> bool:
+def waits_in_join(pid: int, sockets: int = 1) -> bool:
+    """Whether the process has at least so many sockets open and sleeps: the meeting's first rank has one for itself and
+    one for each rank that came. A rank that has connected says hello before it sleeps."""
     try:
-        return any(os.readlink(entry).startswith("socket:") for entry in Path(f"/proc/{pid}/fd").iterdir())
+        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
+    return sum(link.startswith("socket:") for link in links) >= sockets and state == "S"
 
 
 def test_who_is_missing_is_told(ranks: Any) -> None:
@@ -107,7 +111,8 @@ def test_a_rank_that_dies_while_the_others_come(ranks: Any, wait_until: Any) -> 
         """,
         only=[0, 1],
     )
-    wait_until(lambda: has_socket(ranks.processes[0].pid) and has_socket(ranks.processes[1].pid), "both in join")
+    wait_until(lambda: waits_in_join(ranks.processes[0].pid, sockets=2), "rank 1 has come to rank 0")
+    wait_until(lambda: waits_in_join(ranks.processes[1].pid), "rank 1 waits")
     ranks.processes[1].kill()
     outcomes = ranks.wait(20)
     reason, culprit, host, operation, _, text = outcomes[0].shown
@@ -119,14 +124,14 @@ def test_leftovers_of_a_crash_are_no_hindrance(ranks: Any, wait_until: Any) -> N
     """All ranks are killed while they join; the next ones, of the same or the next attempt, meet all the same."""
     program = 'group = join("world", RANK, 2, timeout_s=20)\ngroup.barrier()\nshow(group.size)\ngroup.close()\n'
     ranks.start(2, program, only=[0])
-    wait_until(lambda: has_socket(ranks.processes[0].pid) and ranks.left(), "rank 0 in join")
+    wait_until(lambda: waits_in_join(ranks.processes[0].pid) and ranks.left(), "rank 0 in join")
     ranks.processes[0].kill()
     ranks.processes[0].wait()
     assert ranks.run(2, program) == [2, 2]
     assert ranks.left() == []
     ranks.start(2, program, only=[0])  # one of attempt 0 is still there
     late = ranks.processes[0]
-    wait_until(lambda: has_socket(late.pid) and ranks.left(), "rank 0 in join")
+    wait_until(lambda: waits_in_join(late.pid) and ranks.left(), "rank 0 in join")
     try:
         assert ranks.run(2, program, attempt=1) == [2, 2]
         assert late.poll() is None
@@ -290,7 +295,7 @@ def test_interrupted_while_it_waits(ranks: Any, wait_until: Any) -> None:
         """,
         only=[0],
     )
-    wait_until(lambda: has_socket(ranks.processes[0].pid), "rank 0 in join")
+    wait_until(lambda: waits_in_join(ranks.processes[0].pid), "rank 0 in join")
     ranks.processes[0].send_signal(signal.SIGINT)
     assert ranks.wait(20)[0].shown == "interrupted"
     assert ranks.left() == []
