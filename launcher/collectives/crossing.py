@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import struct
 
 from launcher.collectives.elements import SIZES, DType
 from launcher.collectives.legs import LegError
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 # Lanes of the leg; see legs.Leg.
 MAIL, NOTICES, DATA, RESULTS, ROWS = 1, 2, 3, 4, 5
+HEADER = struct.Struct("<QBBBxIQQ")  # number of the call, operation, dtype, op, root, two counts
 NOTICE_BYTES = 1024
+_MAILBOXES = 2  # for each peer: it is at most one exchange ahead
+_ALIGN = 128
 
 
 def split(count: int, parts: int) -> list[int]:
@@ -97,46 +101,96 @@ class Layout:
         return split(count, self.columns) + [0] * (len(self.here) - self.columns)
 
 
+class Mismatch(Exception):
+    """A rank of another host called something else. ``peer``: which; ``theirs``: its header."""
+
+    def __init__(self, peer: int, theirs: tuple[int, ...]) -> None:
+        self.peer, self.theirs = peer, theirs
+        super().__init__(peer)
+
+
 class Crossing:
-    """This rank's messages to the others in its column. Every call begins with one that says what is called."""
+    """This rank's messages to the others in its column.
+
+    Short ones go to mailboxes: receives that are posted ahead, so that nobody is asked whether they may be sent. Every
+    call begins with one that says what is called, so that hosts that call different things are told so.
+    """
 
     def __init__(self, local: LocalGroup, leg: Leg, layout: Layout, mail_bytes: int) -> None:
-        """``mail_bytes``: the most that a leader mails; the other columns mail headers only."""
         self.leg, self.layout = leg, layout
         self._local = local
-        self.peers = [peer for _, peer in layout.peers]
-        self.order = [dict(layout.peers).get(host, -1) for host in range(len(layout.hosts))]  # -1: this rank
-        self.post = leg.mailboxes(local.allocate, self.peers, mail_bytes if layout.column == 0 else 0, MAIL)
-        nbytes = (len(self.peers) + 1) * NOTICE_BYTES
-        self._base = local.allocate(nbytes)
-        self._memory = memoryview((ctypes.c_char * nbytes).from_address(self._base)).cast("B")
-        self._notices = {
-            peer: (leg.irecv(peer, self._base + at * NOTICE_BYTES, NOTICE_BYTES, NOTICES), at * NOTICE_BYTES)
-            for at, peer in enumerate(self.peers)
-        }
-        leg.watch([handle for handle, _ in self._notices.values()])
+        self.mail_bytes = mail_bytes if layout.column == 0 else 0  # what a message holds beside its header
+        self._room = -(-(HEADER.size + self.mail_bytes) // _ALIGN) * _ALIGN
+        peers = len(layout.peers)
+        notices = (peers * _MAILBOXES + 1) * self._room
+        self._base = local.allocate(max(1, notices + (peers + 1) * NOTICE_BYTES))
+        self._out = self._base + peers * _MAILBOXES * self._room
+        self._memory = memoryview(
+            (ctypes.c_char * (notices + (peers + 1) * NOTICE_BYTES)).from_address(self._base)
+        ).cast("B")
+        self._boxes: dict[int, list[tuple[Any, int]]] = {}
+        self._notices: dict[int, tuple[Any, int]] = {}
+        self._sends: list[Any] = []
+        self._notice_out = notices + peers * NOTICE_BYTES
         self._slots, self._slot_bytes, self._slot_count = 0, 0, 0
         self.sent_bytes = self.messages = 0
+        for index, (_, peer) in enumerate(layout.peers):
+            at = notices + index * NOTICE_BYTES
+            self._notices[peer] = (leg.irecv(peer, self._base + at, NOTICE_BYTES, NOTICES), at)
+            self._boxes[peer] = []
+            for box in range(_MAILBOXES):
+                self._post(peer, (index * _MAILBOXES + box) * self._room)
+        leg.watch([handle for handle, _ in self._notices.values()])
+
+    def _post(self, peer: int, at: int) -> None:
+        handle = self.leg.irecv(peer, self._base + at, HEADER.size + self.mail_bytes, MAIL)
+        self._boxes[peer].append((handle, at))
 
     # ---- short messages
 
+    def mail(self, header: bytes, address: int, nbytes: int, peers: Sequence[int]) -> None:
+        """Sends a header and ``nbytes`` after it; the memory may change at once, :meth:`sent` must be called later."""
+        from launcher._native import copy_bytes
+
+        at = self._out - self._base
+        self._memory[at : at + HEADER.size] = header
+        copy_bytes(self._out + HEADER.size, address, nbytes)
+        for peer in peers:
+            self._sends.append(self.send(peer, self._out, HEADER.size + nbytes, MAIL))
+
+    def take(self, header: bytes, peer: int) -> int:
+        """Waits for the next message of ``peer``; address of what follows the header. :meth:`free` gives it back.
+
+        Raises:
+            LegError: the peer is gone.
+            Mismatch: its header is another one.
+        """
+        handle, at = self._boxes[peer][0]
+        self.leg.wait((handle,))
+        theirs = self._memory[at : at + HEADER.size]
+        if theirs != header:
+            raise Mismatch(peer, HEADER.unpack(theirs))
+        return self._base + at + HEADER.size
+
+    def free(self, peer: int) -> None:
+        """The message that was taken last may be overwritten."""
+        _, at = self._boxes[peer].pop(0)
+        self._post(peer, at)
+
     def announce(self, header: bytes) -> None:
         """Tells the column what is called; :meth:`check` reads what the others have told."""
-        if self.peers:
-            self.post.mail(header, 0, 0, self.peers)
+        self.mail(header, 0, 0, [peer for _, peer in self.layout.peers])
 
     def check(self, header: bytes) -> None:
-        """Waits for the others' announcements, and until the own ones have left."""
-        for peer in self.peers:
-            self.post.fetch(header, peer, 0, 0)
-        if self.peers:
-            self.post.sent()
+        """Waits for the others' announcements."""
+        for _, peer in self.layout.peers:
+            self.take(header, peer)
+            self.free(peer)
 
-    def mail(self, header: bytes, address: int, nbytes: int, peers: Sequence[int]) -> None:
-        """Mailboxes.mail, counted."""
-        self.sent_bytes += nbytes * len(peers)
-        self.messages += len(peers)
-        self.post.mail(header, address, nbytes, peers)
+    def sent(self) -> None:
+        """Waits until all mail has left."""
+        sends, self._sends = self._sends, []
+        self.leg.wait(sends)
 
     # ---- long messages
 
@@ -177,12 +231,12 @@ class Crossing:
         text = json.dumps(notice).encode()
         if len(text) > NOTICE_BYTES:
             text = json.dumps({**notice, "text": str(notice.get("text", ""))[:150]}).encode()[:NOTICE_BYTES]
-        at = len(self.peers) * NOTICE_BYTES
+        at = self._notice_out
         self._memory[at : at + NOTICE_BYTES] = text.ljust(NOTICE_BYTES, b"\0")
         limit, self.leg.timeout_s = self.leg.timeout_s, 0.5
         self.leg.watch(())
         sends = []
-        for peer in self.peers:
+        for _, peer in self.layout.peers:
             try:
                 sends.append(self.leg.isend(peer, self._base + at, NOTICE_BYTES, NOTICES))
             except LegError:
@@ -193,7 +247,7 @@ class Crossing:
             except LegError:
                 continue
         self.leg.timeout_s = limit
-        self._notices = {}
+        self._boxes, self._notices, self._sends = {}, {}, []
         self.leg.close()
 
 
@@ -204,12 +258,12 @@ class Fold:
         import launcher._native as _native
 
         self.dtype, self.op, self.size = dtype, op, SIZES[dtype]
-        self.scale, self.divisor, self._prescale = scale, divisor, list(prescale)
+        self._scale, self._divisor, self._prescale = scale, divisor, list(prescale)
         self._reduce = _native.reduce_into
 
     def into(self, target: int, sources: list[int], count: int) -> None:
         """target[i] = finish(fold of sources[.][i])."""
-        self._reduce(target, sources, count, self.dtype, self.op, self._prescale, self.scale, self.divisor)
+        self._reduce(target, sources, count, self.dtype, self.op, self._prescale, self._scale, self._divisor)
 
 
 class Direct:

@@ -19,9 +19,9 @@ import os
 import re
 import sys
 
-from launcher.collectives.crossing import Layout, starts
+from launcher.collectives.crossing import HEADER, Layout, Mismatch, starts
 from launcher.collectives.elements import FLOATING, SIZES, DType, ReduceOp
-from launcher.collectives.legs import HEADER, LEGS, LegError, Mismatch, agree
+from launcher.collectives.legs import LEGS, LegError, agree
 from launcher.collectives.messages import SMALL_BYTES, Messages, Ordered
 from launcher.collectives.wire import wire_of
 from launcher.errors import CollectiveError, UsageError
@@ -196,7 +196,6 @@ class HierarchicalGroup:
         self._failure: CollectiveError | None = None
         self._closed = False
         self._sequence = 0
-        self._checked: tuple[int, int, float, float] = (-1, -1, 1.0, 1.0)  # arguments that were last found good
         self._messages = Messages(local, leg, layout, wire_of(wire), independent)
         self.timeout_s = timeout_s
 
@@ -239,9 +238,7 @@ class HierarchicalGroup:
         postscale: float = 1.0,
     ) -> None:
         """See Group."""
-        if (dtype, op, prescale, postscale) != self._checked:
-            _check_fold(dtype, op, prescale, postscale)
-            self._checked = (dtype, op, prescale, postscale)
+        _check_fold(dtype, op, prescale, postscale)
         with _Call(self, "allreduce", dtype, op, 0, count) as header:
             if count:
                 self._messages.allreduce(header, source, target, count, dtype, op, prescale, postscale)

@@ -16,11 +16,10 @@ from launcher.collectives.legs import LegError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     from launcher.collectives.group import Store
-    from launcher.collectives.mailboxes import Mailboxes
 
 
 class GlooLeg:
@@ -108,10 +107,8 @@ class GlooLeg:
             return False
         return True
 
-    def mailboxes(self, allocate: Callable[[int], int], peers: Sequence[int], room: int, lane: int) -> Mailboxes:
-        from launcher.collectives.mailboxes import PostedMailboxes
-
-        return PostedMailboxes(self, allocate, peers, room, lane)
+    def progress(self) -> None:
+        """Gloo has a thread of its own."""
 
     def close(self) -> None:
         self._group = None

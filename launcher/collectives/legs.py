@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import sys
 from typing import Protocol
 
@@ -12,14 +11,11 @@ from launcher.errors import CollectiveError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
     from launcher.collectives.group import Store
-    from launcher.collectives.mailboxes import Mailboxes
 
-HEADER = struct.Struct("<QBBBxIQQ")
-"""Of a short message: number of the call, operation, dtype, op, root, count, 0."""
 LEGS = ("auto", "mpi", "gloo")
 # Variables by which the daemon of an MPI tells a process the number of ranks.
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
@@ -34,14 +30,6 @@ class LegError(Exception):
     def __init__(self, peer: int, kind: str, text: str) -> None:
         self.peer, self.kind, self.text = peer, kind, text
         super().__init__(text)
-
-
-class Mismatch(Exception):
-    """A rank of another host called something else. ``peer``: which; ``theirs``: its header."""
-
-    def __init__(self, peer: int, theirs: tuple[int, ...]) -> None:
-        self.peer, self.theirs = peer, theirs
-        super().__init__(peer)
 
 
 class Leg(Protocol):
@@ -74,8 +62,8 @@ class Leg(Protocol):
     def arrived(self, handle: Any, limit_s: float) -> bool:
         """Whether a receive is over within ``limit_s``. After a LegError only."""
 
-    def mailboxes(self, allocate: Callable[[int], int], peers: Sequence[int], room: int, lane: int) -> Mailboxes:
-        """Mailboxes for messages of up to ``room`` bytes. ``allocate``: gives memory, for as long as the leg is open."""
+    def progress(self) -> None:
+        """Gives the engine the processor for a moment, where it has no thread of its own."""
 
     def close(self) -> None:
         """Gives up what is under way and lets go of the connections; no memory is written to any more."""

@@ -25,7 +25,6 @@ _LEAST_BYTES = 512 * 1024  # where several ranks of a host share its wire
 _CHAIN_CHUNK_BYTES = 1024 * 1024
 _ALL_MAIL_BYTES = 8 * 1024 * 1024  # the most that a leader's mailboxes take
 _DIRECT_BYTES = 1024 * 1024  # up to so much goes to all other hosts at once, rather than part by part
-_SHORT_KEPT = 64  # combinations of type, operation and factors whose preparation is kept
 _AHEAD = 4  # chunks whose receives are posted
 _LAG = _AHEAD - 1  # chunks that are begun before the first one is ended
 
@@ -128,7 +127,6 @@ class Messages:
         self._scratch = local.allocate(mail)
         self.small_bytes = mail // (layout.most if independent else 1)
         self.calls = {"small": 0, "chunked": 0}
-        self._short: dict[tuple[int, int, float, float], Stages] = {}
         self._alone = len(layout.here) == 1
         self._leader = layout.column == 0
 
@@ -140,6 +138,7 @@ class Messages:
         if self._leader:
             self.crossing.announce(header)
             self.crossing.check(header)
+            self.crossing.sent()
         self.local.barrier()
 
     def allreduce(
@@ -222,36 +221,21 @@ class Messages:
     ) -> None:
         """A short message: the leaders of the hosts ``homes`` get the fold of all ranks at ``target``."""
         self.calls["small"] += 1
-        key = (dtype, op, pre, post)
-        stages = self._short.get(key)
-        if stages is None:
-            if len(self._short) > _SHORT_KEPT:
-                self._short.clear()
-            stages = self._short[key] = Stages(self, 0, dtype, op, pre, post)
+        stages = Stages(self, count, dtype, op, pre, post)
         own = stages.to_leader(source, self._scratch, count)
         if not self._leader:
             return
-        layout, crossing, fold = self.layout, self.crossing, stages.fold
-        if len(homes) == len(layout.hosts) and not self.independent:
-            nbytes = count * stages.item
-            crossing.messages += len(crossing.peers)
-            crossing.sent_bytes += len(crossing.peers) * nbytes
-            crossing.post.fold(
-                header, own, target, count, dtype, stages.inner, fold.scale, fold.divisor, crossing.order
-            )
-            return
-        lines = [len(members) if self.independent else 1 for members in layout.hosts]
-        nbytes = count * stages.item
-        peers = [peer for host, peer in layout.peers if host in homes]
-        crossing.mail(header, own, lines[layout.host] * nbytes, peers)
+        layout, crossing = self.layout, self.crossing
+        lines = len(layout.here) if self.independent else 1
+        crossing.mail(header, own, lines * count * stages.item, [peer for host, peer in layout.peers if host in homes])
         if layout.host in homes:
-            room = (ctypes.c_char * (sum(lines) * nbytes))()
-            bases = {host: ctypes.addressof(room) + start * nbytes for host, start in enumerate(starts(lines)[:-1])}
+            bases = {layout.host: own}
             for host, peer in layout.peers:
-                crossing.post.fetch(header, peer, bases[host], lines[host] * nbytes)
-            bases[layout.host] = own
-            fold.into(target, layout.sources(bases, nbytes, self.independent), count)
-        crossing.post.sent()
+                bases[host] = crossing.take(header, peer)
+            stages.fold.into(target, layout.sources(bases, count * stages.item, self.independent), count)
+            for _, peer in layout.peers:
+                crossing.free(peer)
+        crossing.sent()
 
     def scatter(
         self,
@@ -378,15 +362,18 @@ class Messages:
         self._pipeline(header, len(chunks), post_chunk, begin, None, end)
 
     def _gather_small(self, header: bytes, target: int, begins: list[int], dtype: int) -> None:
+        from launcher._native import copy_bytes
+
         self.calls["small"] += 1
         layout, crossing, item = self.layout, self.crossing, SIZES[dtype]
         if self._leader:
             nbytes = [(end - begin) * item for begin, end in pairwise(begins)]
             mine = target + begins[layout.host] * item
-            crossing.mail(header, mine, nbytes[layout.host], crossing.peers)
+            crossing.mail(header, mine, nbytes[layout.host], [peer for _, peer in layout.peers])
             for host, peer in layout.peers:
-                crossing.post.fetch(header, peer, target + begins[host] * item, nbytes[host])
-            crossing.post.sent()
+                copy_bytes(target + begins[host] * item, crossing.take(header, peer), nbytes[host])
+                crossing.free(peer)
+            crossing.sent()
         if not self._alone:
             self.local.broadcast(target, begins[-1], dtype, 0)
 
@@ -439,15 +426,19 @@ class Messages:
         self.leg.wait(sends)
 
     def _spread_small(self, header: bytes, pointer: int, nbytes: int, home: int) -> None:
+        from launcher._native import copy_bytes
+
         self.calls["small"] += 1
         layout, crossing = self.layout, self.crossing
         if not self._leader:
             return
         if layout.host == home:
-            crossing.mail(header, pointer, nbytes, crossing.peers)
-            crossing.post.sent()
+            crossing.mail(header, pointer, nbytes, [peer for _, peer in layout.peers])
+            crossing.sent()
         else:
-            crossing.post.fetch(header, layout.hosts[home][0], pointer, nbytes)
+            peer = layout.hosts[home][0]
+            copy_bytes(pointer, crossing.take(header, peer), nbytes)
+            crossing.free(peer)
 
     def rows(
         self,
@@ -482,6 +473,7 @@ class Messages:
             self.local.all_to_all(packed, unpacked, sends, receives, dtype)
         self.crossing.check(header)
         self.leg.wait(handles)
+        self.crossing.sent()
 
     # ---- chunk by chunk
 
@@ -503,8 +495,10 @@ class Messages:
         for index in range(chunks + _LAG):
             if index < chunks:
                 begin(index)
+                self.leg.progress()
             if not checked and (index == chunks or index == (_LAG if middle is None else 1)):
                 self.crossing.check(header)  # before anything is waited for that other calls would not send
+                self.crossing.sent()
                 checked = True
             if middle is not None and 0 < index <= chunks:
                 middle(index - 1)

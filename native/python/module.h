@@ -13,7 +13,6 @@ void bind_process(nb::module_& module);
 void bind_cuda(nb::module_& module);
 void bind_collectives(nb::module_& module);
 void bind_kernels(nb::module_& module);
-void bind_mpi(nb::module_& module);
 
 }  // namespace launcher::python
 
