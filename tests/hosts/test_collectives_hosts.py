@@ -1,4 +1,4 @@
-"""Collectives over two hosts: shared memory inside, Gloo or MPI across; the same weights as on one host, and who died."""
+"""Collectives over two hosts: shared memory inside, Gloo or MPI across; the weights of one host, and who died."""
 
 from __future__ import annotations
 
