@@ -2,7 +2,6 @@
 #include <sys/uio.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstring>
 
@@ -11,7 +10,9 @@
 namespace launcher::collectives {
 namespace {
 
-constexpr std::size_t kSmallBytes = 64 << 10;  // of the messages of all others together: read by each rank in one go
+// Messages of all others together that each rank reads in one go: more, where each meeting is a change of processes.
+constexpr std::size_t kSmallBytes = 1 << 10;
+constexpr std::size_t kSmallBytesCrowded = 64 << 10;
 
 // Elements of a block that are rank `share`'s to fold.
 struct Share {
@@ -38,15 +39,17 @@ void LocalGroup::allreduce(std::span<const Piece> pieces, DType dtype, ReduceOp 
   call.pre = scale.pre;
   call.post = scale.post;
 
-  const bool crowd = bytes * (ranks() - 1) > kSmallBytes || bytes > slot_bytes();
-  const bool small = forced_ == Path::small ? bytes <= slot_bytes() : !crowd && forced_ != Path::pipelined;
+  const std::size_t few = member_.crowded() ? kSmallBytesCrowded : kSmallBytes;
+  const bool fits = bytes <= slot_bytes() && (forced_ == Path::small || bytes * (ranks() - 1) <= few);
+  const bool small = fits && forced_ != Path::pipelined;
   const std::size_t size_class = Tuner::class_of(bytes);
-  std::size_t index = small ? 0 : tuner_.next(size_class);
-  Choice choice = small ? Choice{false, false, slot_bytes()} : tuner_.choice(index);
+  Tuner::Pick pick = small ? Tuner::Pick{} : tuner_.next(size_class);
+  Choice choice = small ? Choice{Way::one_shot, slot_bytes()} : tuner_.choice(pick.index);
   const bool may_pull = can_pull_ && pieces.size() == 1;
   if (forced_ == Path::pulled && may_pull) {
-    choice.pulled = true;
-  } else if (forced_ != Path::automatic && choice.pulled) {
+    choice.way = Way::pulled;
+  } else if (choice.way == Way::pulled && (forced_ != Path::automatic || bytes < kPullBytes)) {
+    pick.index = 0;
     choice = tuner_.choice(0);
   }
 
@@ -58,15 +61,16 @@ void LocalGroup::allreduce(std::span<const Piece> pieces, DType dtype, ReduceOp 
       path = Path::shared;
     }
   }
-  if (path != Path::shared && choice.pulled && may_pull && bytes != 0) {
+  if (path != Path::shared && choice.way == Way::pulled && may_pull && bytes != 0) {
     path = Path::pulled;
     call.source_address = reinterpret_cast<std::uintptr_t>(pieces[0].source);
     call.target.offset = reinterpret_cast<std::uintptr_t>(pieces[0].target);
   }
+  const std::uint64_t began = pick.measured && path != Path::shared ? monotonic_ns() : 0;
   if (path == Path::small || path == Path::pipelined) {
-    if (choice.pulled) {
-      index = 0;  // this rank's message is in pieces; the others see it by its path
-      choice = tuner_.choice(index);
+    if (choice.way == Way::pulled) {
+      pick.index = 0;  // this rank's message is in pieces; the others see it by its path
+      choice = tuner_.choice(0);
     }
     member_.phase(CollectivePhase::copying_in);
     copy_in(message, element, choice, 0);
@@ -78,7 +82,6 @@ void LocalGroup::allreduce(std::span<const Piece> pieces, DType dtype, ReduceOp 
     count(path, bytes);
     return;
   }
-  const std::uint64_t began = path == Path::pipelined || path == Path::pulled ? monotonic_ns() : 0;
   const bool agreed = all_take(path);
   if (!agreed) {
     path = Path::pipelined;
@@ -99,7 +102,18 @@ void LocalGroup::allreduce(std::span<const Piece> pieces, DType dtype, ReduceOp 
     measured_.measured_ns =
         static_cast<std::uint32_t>(std::clamp<std::uint64_t>(monotonic_ns() - began, 1, UINT32_MAX));
     measured_.measured_class = static_cast<std::uint8_t>(size_class);
-    measured_.measured_choice = static_cast<std::uint8_t>(index);
+    measured_.measured_choice = static_cast<std::uint8_t>(pick.index);
+  }
+  if (path == Path::small) {
+    prepare_slot(bytes);
+  }
+}
+
+// Takes the lines of the next call's first slot from those who have read them, while nobody waits for it.
+void LocalGroup::prepare_slot(std::size_t bytes) noexcept {
+  const std::byte* next = member_.segment().slot(rank(), slot_of(member_.sequence() + 1, 0));
+  for (std::size_t at = 0; at < std::min(bytes, kSmallBytes); at += kUnit) {
+    prefetch_for_writing(next + at);
   }
 }
 
@@ -115,7 +129,7 @@ void LocalGroup::copy_in(const Message& message, std::size_t element, const Choi
   const std::size_t begin = std::min(message.count(), block * length);
   const std::size_t end = std::min(message.count(), begin + length);
   std::byte* out = my_slot(block);
-  if (!choice.two_shot) {
+  if (choice.way == Way::one_shot) {
     message.copy_in(begin, end, out);
     return;
   }
@@ -143,7 +157,7 @@ void LocalGroup::allreduce_in_blocks(const Message& message, std::size_t element
       sources_[static_cast<std::size_t>(rank)] = slot(rank, block) + offset;
     }
   };
-  if (!choice.two_shot) {
+  if (choice.way == Way::one_shot) {
     run_pipeline(member_, blocks, in, [&](std::size_t block) {
       const Share all = range(block);
       message.each(all.begin, all.end,
@@ -155,6 +169,7 @@ void LocalGroup::allreduce_in_blocks(const Message& message, std::size_t element
     });
     return;
   }
+  const bool returned = choice.way == Way::returned;
   run_pipeline(
       member_, blocks, in,
       [&](std::size_t block) {
@@ -165,8 +180,17 @@ void LocalGroup::allreduce_in_blocks(const Message& message, std::size_t element
                        const std::size_t offset = own.begin * element + at;
                        slots_at(block, offset);
                        sources_[here()] = source;
-                       const std::array<void*, 2> both{target, my_slot(block) + offset};
-                       fold.function(both.data(), both.size(), sources_.data(), ranks(), count, scales, fold.finish);
+                       if (returned) {
+                         for (int other = 0; other < size(); ++other) {
+                           targets_[static_cast<std::size_t>(other)] = slot(other, block) + offset;
+                         }
+                         targets_[here()] = target;
+                       } else {
+                         targets_[0] = target;
+                         targets_[1] = my_slot(block) + offset;
+                       }
+                       fold.function(targets_.data(), returned ? ranks() : 2, sources_.data(), ranks(), count, scales,
+                                     fold.finish);
                      });
       },
       [&](std::size_t block) {
@@ -175,7 +199,7 @@ void LocalGroup::allreduce_in_blocks(const Message& message, std::size_t element
           if (other != rank()) {
             const Share theirs = share_of(all.end - all.begin, element, static_cast<std::size_t>(other), ranks());
             message.copy_out(all.begin + theirs.begin, all.begin + theirs.end,
-                             slot(other, block) + theirs.begin * element);
+                             slot(returned ? rank() : other, block) + theirs.begin * element);
           }
         }
       });

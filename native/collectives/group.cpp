@@ -36,25 +36,30 @@ std::size_t slot_bytes_of(const Options& options) {
 
 }  // namespace
 
+// Results that are returned lie in lines that their reader owns: with two ranks, each line then moves twice in place of
+// four times. With more ranks a result is written once for each, and what is best depends on the machine.
 std::vector<Choice> choices(int size, std::size_t slot_bytes, bool can_pull) {
   std::vector<Choice> out;
-  const auto add = [&](bool two_shot, std::size_t block) {
+  const auto add = [&](Way way, std::size_t block) {
     block = std::min(block, slot_bytes);
-    const bool known = std::any_of(out.begin(), out.end(), [&](const Choice& other) {
-      return other.two_shot == two_shot && other.block == block;
-    });
+    const bool known = std::any_of(out.begin(), out.end(),
+                                   [&](const Choice& other) { return other.way == way && other.block == block; });
     if (!known) {
-      out.push_back({false, two_shot, block});
+      out.push_back({way, block});
     }
   };
-  add(true, 128 << 10);
-  add(true, 256 << 10);
+  add(Way::returned, 128 << 10);
+  add(Way::returned, size <= 3 ? 64 << 10 : 256 << 10);
+  if (size > 2) {
+    add(Way::published, 128 << 10);
+  }
   if (size <= 3) {
-    add(false, 64 << 10);
-    add(false, 256 << 10);
+    add(Way::one_shot, 64 << 10);
+  } else {
+    add(Way::published, 256 << 10);
   }
   if (can_pull) {
-    out.push_back({true, true, kPullBytes});
+    add(Way::pulled, kPullBytes);
   }
   return out;
 }
@@ -135,14 +140,15 @@ void LocalGroup::enter(Call call) {
   call.measured_choice = measured_.measured_choice;
   measured_.measured_ns = 0;
   member_.enter(call);
-  // The slowest rank's time counts; all see the same numbers.
+  // That of the rank which came last, and waited for nobody; all see the same numbers.
   const Call& first = member_.call_of(0);
   if (first.measured_ns != 0) {
-    std::uint32_t slowest = 0;
-    for (int rank = 0; rank < size(); ++rank) {
-      slowest = std::max(slowest, member_.call_of(rank).measured_ns);
+    std::uint32_t shortest = first.measured_ns;
+    for (int rank = 1; rank < size(); ++rank) {
+      const std::uint32_t theirs = member_.call_of(rank).measured_ns;
+      shortest = theirs != 0 ? std::min(shortest, theirs) : shortest;
     }
-    tuner_.learn(first.measured_class, first.measured_choice, slowest);
+    tuner_.learn(first.measured_class, first.measured_choice, shortest);
   }
 }
 std::unique_ptr<Group> Group::join(Options options) {

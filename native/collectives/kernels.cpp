@@ -75,8 +75,8 @@ ReduceFunction reduce_function(DType dtype, ReduceOp op, Isa isa) noexcept {
   return table(isa).reduce[static_cast<std::size_t>(dtype)][static_cast<std::size_t>(op)];
 }
 
-void copy_streaming(void* target, const void* source, std::size_t bytes, Isa isa) noexcept {
-  table(isa).copy_streaming(target, source, bytes);
+void copy_fresh(void* target, const void* source, std::size_t bytes, Isa isa) noexcept {
+  table(isa).copy_fresh(target, source, bytes);
 }
 
 void compress(std::uint16_t* target, const float* source, float* error, std::size_t count, DType wire,

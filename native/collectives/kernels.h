@@ -34,8 +34,8 @@ using ReduceFunction = void (*)(void* const* targets, std::size_t target_count, 
 // of `sum`: the caller gives the scale or divisor in Finish.
 ReduceFunction reduce_function(DType dtype, ReduceOp op, Isa isa) noexcept;
 
-// Copies with stores that bypass the cache, and are complete (fenced) on return. For targets that are not read soon.
-void copy_streaming(void* target, const void* source, std::size_t bytes, Isa isa) noexcept;
+// Copies what another core has just written: several places at a time.
+void copy_fresh(void* target, const void* source, std::size_t bytes, Isa isa) noexcept;
 
 // What goes over the wire between hosts in 16 bits. wire: bfloat16 or float16, rounded to nearest even. With `error`
 // (float32, count elements, null: none) the rounding error of this call is kept and added in the next one:

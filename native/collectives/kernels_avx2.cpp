@@ -20,8 +20,6 @@ inline F32 from_half(Half16 bits) { return (F32)_mm256_cvtph_ps((__m128i)bits); 
 inline Half16 to_half(F32 value) {
   return (Half16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline void stream(void* target, U64 value) { _mm256_stream_si256(static_cast<__m256i*>(target), (__m256i)value); }
-inline void fence() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace launcher::collectives

@@ -22,8 +22,6 @@ inline F32 from_half(Half16 bits) { return (F32)_mm512_maskz_cvtph_ps(kAll, (__m
 inline Half16 to_half(F32 value) {
   return (Half16)_mm512_maskz_cvtps_ph(kAll, (__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline void stream(void* target, U64 value) { _mm512_stream_si512(static_cast<__m512i*>(target), (__m512i)value); }
-inline void fence() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace launcher::collectives

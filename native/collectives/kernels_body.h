@@ -1,6 +1,5 @@
 // The loops, for the vectors of kernels_vector.h. Included once by each instruction set's file, after its own
 //   F32 from_half(Half16), Half16 to_half(F32)      IEEE 754 binary16, to nearest even
-//   void stream(void* aligned, U64), void fence()   a store around the cache; all of them done
 // Internal linkage throughout, no standard library: see kernels_vector.h.
 
 namespace launcher::collectives {
@@ -270,6 +269,36 @@ __attribute__((noinline)) void fold_rest(const Job& job, std::size_t offset, std
 template <typename T>
 constexpr std::size_t kBlock = kWidth == 16 && T::kSize == 2 && T::kFloating ? 1 : 4;
 
+// Lines that another core has written come one by one, each after a wait; a prefetcher follows a stream to the end of
+// its page, and there is one for each of several streams. So long ranges are walked in several places at a time (with
+// two ranks and 256 KiB, 15 to 20 % faster than in one), at distances that are no multiple of a page: places whose
+// addresses differ in nothing but the page number share a set of the first cache.
+constexpr std::size_t kPlaces = 4;
+constexpr std::size_t kStretch = 64 << 10;  // bytes that are walked together
+constexpr std::size_t kLeastStretch = 16 << 10;
+constexpr std::size_t kStagger = 5 * 64;
+
+// Calls step(offset) for each whole multiple of kStep bytes; returns how many bytes that was.
+template <std::size_t kStep, typename Step>
+inline __attribute__((always_inline)) std::size_t walk(std::size_t bytes, Step step) {
+  std::size_t offset = 0;
+  while (bytes - offset >= kLeastStretch) {
+    const std::size_t rest = bytes - offset;
+    const std::size_t stretch = rest < kStretch ? rest : kStretch;
+    const std::size_t part = (stretch / kPlaces - kStagger) / kStep * kStep;
+    for (std::size_t at = 0; at < part; at += kStep) {
+      for (std::size_t place = 0; place < kPlaces; ++place) {
+        step(offset + place * part + at);
+      }
+    }
+    offset += kPlaces * part;
+  }
+  for (; bytes - offset >= kStep; offset += kStep) {
+    step(offset);
+  }
+  return offset;
+}
+
 // kSources and kTargets: their numbers where they are known here, else 0.
 template <typename T, typename Op, Scaling kScaling, std::size_t kSources, std::size_t kTargets>
 __attribute__((noinline)) void fold_all(const Job& job, std::size_t bytes) {
@@ -289,10 +318,8 @@ __attribute__((noinline)) void fold_all(const Job& job, std::size_t bytes) {
     }
     local.targets = targets;
   }
-  std::size_t offset = 0;
-  for (; bytes - offset >= kBlock<T> * kWidth; offset += kBlock<T> * kWidth) {
-    fold_block<T, Op, kScaling, kSources, kTargets, kBlock<T>>(local, offset);
-  }
+  std::size_t offset = walk<kBlock<T> * kWidth>(
+      bytes, [&](std::size_t at) { fold_block<T, Op, kScaling, kSources, kTargets, kBlock<T>>(local, at); });
   for (; bytes - offset >= kWidth; offset += kWidth) {
     fold_block<T, Op, kScaling, kSources, kTargets, 1>(local, offset);
   }
@@ -447,26 +474,11 @@ void decompress(float* target, const std::uint16_t* source, std::size_t count) {
 
 // ---- copy
 
-void copy_around_cache(void* target, const void* source, std::size_t bytes) {
+void copy_fresh(void* target, const void* source, std::size_t bytes) {
   char* to = static_cast<char*>(target);
   const char* from = static_cast<const char*>(source);
-  constexpr std::size_t kLine = 64;
-  const std::size_t before = (0 - reinterpret_cast<std::uintptr_t>(target)) % kLine;
-  const std::size_t head = before < bytes ? before : bytes;
-  __builtin_memcpy(to, from, head);
-  std::size_t done = head;
-  // Whole lines in order: a line that is filled at once leaves its buffer at once.
-  for (; bytes - done >= kLine; done += kLine) {
-    U64 parts[kLine / kWidth];
-    for (std::size_t part = 0; part < kLine / kWidth; ++part) {
-      parts[part] = load<U64>(from + done + part * kWidth);
-    }
-    for (std::size_t part = 0; part < kLine / kWidth; ++part) {
-      stream(to + done + part * kWidth, parts[part]);
-    }
-  }
+  const std::size_t done = walk<kWidth>(bytes, [&](std::size_t at) { store(to + at, load<U64>(from + at)); });
   __builtin_memcpy(to + done, from + done, bytes - done);
-  fence();
 }
 
 // ---- the table
@@ -511,7 +523,7 @@ constexpr KernelTable make_table() {
   fill_integer<std::uint16_t, std::uint16_t>(table.reduce[10]);
   fill_integer<std::uint32_t, std::uint32_t>(table.reduce[11]);
   fill_integer<std::uint64_t, std::uint64_t>(table.reduce[12]);
-  table.copy_streaming = copy_around_cache;
+  table.copy_fresh = copy_fresh;
   table.compress[0] = compress<BFloatWire>;
   table.compress[1] = compress<HalfWire>;
   table.decompress[0] = decompress<BFloatWire>;

@@ -53,11 +53,7 @@ inline Half16 to_half(F32 number) {
 }
 
 #ifdef LAUNCHER_KERNELS_X86
-inline void stream(void* target, U64 value) { _mm_stream_si128(static_cast<__m128i*>(target), (__m128i)value); }
-inline void fence() { _mm_sfence(); }
 #else
-inline void stream(void* target, U64 value) { __builtin_memcpy(target, &value, kWidth); }
-inline void fence() {}
 #endif
 
 }  // namespace

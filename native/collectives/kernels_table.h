@@ -11,7 +11,7 @@ namespace launcher::collectives {
 
 struct KernelTable {
   ReduceFunction reduce[kDTypes][kReduceOps];
-  void (*copy_streaming)(void* target, const void* source, std::size_t bytes);
+  void (*copy_fresh)(void* target, const void* source, std::size_t bytes);
   void (*compress[2])(std::uint16_t* target, const float* source, float* error,
                       std::size_t count);  // bfloat16, float16
   void (*decompress[2])(float* target, const std::uint16_t* source, std::size_t count);

@@ -21,7 +21,7 @@
 namespace launcher::collectives {
 
 inline constexpr std::size_t kUnit = 64;             // shares of a message begin on a line
-inline constexpr std::size_t kSharedBytes = 4096;    // below, the second meeting costs more than the copy
+inline constexpr std::size_t kSharedBytes = 2048;    // below, the second meeting costs more than the copy
 inline constexpr std::size_t kPullBytes = 64 << 10;  // read from a peer at a time: stays in this core's cache
 
 inline const std::byte* bytes_at(const void* address, std::size_t offset) noexcept {
@@ -166,6 +166,7 @@ class LocalGroup final : public Group {
   void allreduce_pulled(const Piece& piece, std::size_t element, const Fold& fold);
   void allreduce_in_blocks(const Message& message, std::size_t element, const Fold& fold, const Choice& choice,
                            bool late);
+  void prepare_slot(std::size_t bytes) noexcept;
   void copy_in(const Message& message, std::size_t element, const Choice& choice, std::size_t block);
 
   Member member_;

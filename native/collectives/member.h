@@ -28,6 +28,8 @@ class Member {
   std::uint64_t sequence() const noexcept { return sequence_; }
   std::uint64_t waited_ns() const noexcept { return waited_ns_; }
   int spin() const noexcept { return spin_; }
+  // More ranks than cores: the same on every rank.
+  bool crowded() const noexcept { return crowded_; }
   void set_timeout(std::chrono::nanoseconds timeout) noexcept { options_.timeout = timeout; }
 
   // A call from its begin to its end, for the status page and for the eyes of the others.
@@ -89,7 +91,7 @@ class Member {
   Entry& entry(int rank) const noexcept { return segment_->place(rank).entries[sequence_ & 1U]; }
   void begin(Operation operation, std::uint64_t bytes);
   void end(bool threw) noexcept;
-  static void publish(Flag& flag, std::uint32_t value) noexcept;
+  void publish(Flag& flag, std::uint32_t value) noexcept;
   void wait_for(Flag& flag, std::uint32_t value, int rank) {
     if (!reached(flag, value)) {
       wait_long(flag, value, rank);
@@ -102,7 +104,7 @@ class Member {
   void sleep(Flag& flag, std::uint32_t value, int rank);
   void compare(int rank);
   void wake_everyone() noexcept;
-  void choose_spin();
+  void choose_waiting();
   [[noreturn]] void throw_ended();
   std::string title() const;
   std::string whereabouts(int rank) const;
@@ -117,6 +119,8 @@ class Member {
   std::uint64_t deadline_ns_ = 0;  // of the current call; 0: it has not had to sleep yet
   int spin_ = 0;
   int yields_ = 0;
+  bool crowded_ = false;
+  bool fences_ = false;  // sleepers run the fence of those who publish
   Operation operation_ = Operation::barrier;
   std::uint64_t bytes_ = 0;
   bool shows_ = false;  // on the page: one group of the process at a time

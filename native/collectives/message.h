@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "kernels.h"
 #include "launcher/collectives.h"
 
 namespace launcher::collectives {
@@ -55,9 +56,10 @@ class Message {
       std::memcpy(out + at, source, count * element_);
     });
   }
+  // What another rank has written.
   void copy_out(std::size_t begin, std::size_t end, const std::byte* in) const {
     each(begin, end, [&](const std::byte*, std::byte* target, std::size_t at, std::size_t count) {
-      std::memcpy(target, in + at, count * element_);
+      copy_fresh(target, in + at, count * element_, isa());
     });
   }
 

@@ -1,7 +1,7 @@
 // Blocks of a message on their way through the slots.
 //
-// In round b a rank copies block b+1 into its slot, folds block b of all ranks (mid) and, in two phases, takes what the
-// others have folded of block b-1 (out). Steps published, counted from the call's first:
+// In round b a rank copies block b+1 into its slot, folds block b of all ranks (mid) and, in two phases, takes the
+// result of block b-1 (out). Steps published, counted from the call's first:
 //
 //   one phase:   b+1 = "block b+1 is in its slot"
 //   two phases:  2b+1 = "block b+1 is in its slot", 2b+2 = "block b is folded"

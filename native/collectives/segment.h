@@ -4,7 +4,7 @@
 //   Header | Place of rank 0 | Place of rank 1 | ... | counts of each rank | slots of rank 0 | slots of rank 1 | ...
 //
 // Each flag has one writer and any number of readers, and only grows (modulo 2^32). A rank's slots are written by that
-// rank alone.
+// rank, and in an allreduce by the ranks that return results to it.
 #ifndef LAUNCHER_COLLECTIVES_SEGMENT_H
 #define LAUNCHER_COLLECTIVES_SEGMENT_H
 
@@ -74,6 +74,7 @@ struct alignas(kLine) Place {
   std::atomic<std::uint32_t> presence{0};
   std::atomic<std::uint32_t> messages{0};  // sent to this rank's inbox so far
   std::atomic<std::uint32_t> can_pull{0};
+  std::atomic<std::uint32_t> can_fence{0};
   std::atomic<std::uint64_t> probe_address{0};
   alignas(kLine) cpu_set_t cores;
 };

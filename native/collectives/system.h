@@ -66,6 +66,12 @@ class Mapping {
 void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t expected, std::chrono::nanoseconds limit) noexcept;
 void futex_wake_all(std::atomic<std::uint32_t>& word) noexcept;
 
+// A full fence in every thread of this machine that runs at this moment in a process that has allowed it: the slow half
+// of a pair of fences, whose other half then costs nothing. False: the kernel has no such call (membarrier(2), Linux
+// 4.16), or forbids it.
+bool allow_remote_fences() noexcept;
+void remote_fence() noexcept;
+
 // Another process of this machine, told apart from a later one of the same number.
 class Process {
  public:
@@ -89,6 +95,14 @@ inline void relax() noexcept {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("isb" ::: "memory");
+#endif
+}
+
+inline void prefetch_for_writing(const void* line) noexcept {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" ::"m"(*static_cast<const char*>(line)));  // does nothing where the CPU has none
+#else
+  __builtin_prefetch(line, 1);
 #endif
 }
 

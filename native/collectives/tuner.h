@@ -11,9 +11,16 @@
 
 namespace launcher::collectives {
 
+// How a message goes through the slots, or around them.
+enum class Way : std::uint8_t {
+  one_shot,   // each rank folds everything
+  published,  // each rank folds its share, and takes the others' from their slots
+  returned,   // each rank folds its share, and puts the result back where it came from, into the others' slots
+  pulled,     // each rank folds its share, and reads the others' memory
+};
+
 struct Choice {
-  bool pulled = false;
-  bool two_shot = false;  // each rank folds its share, then takes the others' shares; else each folds everything
+  Way way = Way::returned;
   std::size_t block = 0;  // bytes
 };
 
@@ -24,18 +31,22 @@ class Tuner {
   static std::size_t class_of(std::size_t bytes) noexcept { return static_cast<std::size_t>(std::bit_width(bytes)); }
   const Choice& choice(std::size_t index) const noexcept { return choices_[index]; }
 
-  // Index of the choice for the next call of this class.
-  std::size_t next(std::size_t size_class) const noexcept {
-    const Class& seen = classes_[size_class];
+  struct Pick {
+    std::size_t index = 0;
+    bool measured = false;  // how long it takes is to be told
+  };
+
+  // For the next call of this class; asked once for each call.
+  Pick next(std::size_t size_class) noexcept {
+    Class& seen = classes_[size_class];
     const std::size_t many = choices_.size();
-    if (seen.calls < kTrials * many) {
-      return seen.calls % many;
+    const std::size_t call = seen.calls++;
+    if (seen.trials < kTrials * many) {
+      return {seen.trials % many, true};
     }
     // Machines change their mind: two cores that shared a cache may not any more.
-    if (seen.calls % kAgain == 0) {
-      return seen.calls / kAgain % many;
-    }
-    return seen.best;
+    const std::size_t phase = call % kAgain;
+    return {phase == 0 ? call / kAgain % many : seen.best, phase < 2};
   }
 
   void learn(std::size_t size_class, std::size_t index, std::uint32_t ns) noexcept {
@@ -43,7 +54,7 @@ class Tuner {
       return;
     }
     Class& seen = classes_[size_class];
-    ++seen.calls;
+    ++seen.trials;
     double& score = seen.scores[index];
     const double now = ns;
     // The first call pays for page faults; a single bad one, for something else on the machine.
@@ -59,9 +70,10 @@ class Tuner {
  private:
   static constexpr std::size_t kMost = 8;
   static constexpr std::size_t kTrials = 4;
-  static constexpr std::size_t kAgain = 96;
+  static constexpr std::size_t kAgain = 128;
   struct Class {
     std::size_t calls = 0;
+    std::size_t trials = 0;
     std::size_t best = 0;
     std::array<double, kMost> scores{};
   };

@@ -475,14 +475,14 @@ void wire_feeds_errors_back() {
 void copies() {
   Random random(4);
   for (const Isa isa : machine_isas()) {
-    for (const std::size_t bytes : {0U, 1U, 63U, 64U, 65U, 127U, 1000U, 4096U, 100001U}) {
+    for (const std::size_t bytes : {0U, 1U, 63U, 64U, 65U, 127U, 1000U, 4096U, 16384U, 16447U, 100001U}) {
       for (int variant = 0; variant < 8; ++variant) {
         const std::size_t to = kGuard + random.below(65);
         const std::size_t from = random.below(65);
         std::vector<char> source(from + bytes);
         fill(random, DType::uint8, true, source);
         std::vector<char> target(to + bytes + kGuard, 'g');
-        copy_streaming(target.data() + to, source.data() + from, bytes, isa);
+        copy_fresh(target.data() + to, source.data() + from, bytes, isa);
         const auto begin = target.begin() + static_cast<std::ptrdiff_t>(to);
         const auto end = begin + static_cast<std::ptrdiff_t>(bytes);
         const auto untouched = [](char byte) { return byte == 'g'; };
