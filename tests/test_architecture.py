@@ -19,7 +19,7 @@ LARGE = {"torch", "numpy", "mpi4py", "horovod", "boto3", "botocore", "psutil", "
 # Their faces are torch's: a script that imports one of them has imported torch.
 OF_TORCH = {"launcher.horovod.torch"} | {
     f"launcher.collectives.torch_{part}"
-    for part in ("arguments", "backend", "engine", "group", "operations", "shared", "work")
+    for part in ("arguments", "backend", "cuda", "engine", "group", "operations", "shared", "work")
 }
 
 # What each costs, or drags in, would show in every job's time to its script's first line.

@@ -10,6 +10,8 @@ of a CUDA graph: the host's time to launch is not in them. One GPU can show this
 - kernels of the allreduce: ranks as threads of one process, a stream each, so that they run beside each other;
 - NCCL: ranks as processes, which NCCL 2.30 and newer lets share a GPU (NCCL_MULTI_RANK_GPU_ENABLE=1); without the MPS
   daemon they take turns by time slices, so that its times there say little. Ours are shown in the same setting too.
+- ``dist.all_reduce`` of a script: backend "launcher" on one GPU, and where there are several, with a GPU for each rank,
+  against backend "nccl". Up to which size ours took the call is shown with it.
 """
 
 from __future__ import annotations
@@ -235,33 +237,43 @@ def measure_threads(torch: Any, size: int, repeats: int) -> list[dict[str, Any]]
     return rows
 
 
-def process_rank(engine: str, directory: str, rank: int, size: int, port: int, repeats: int) -> None:
-    """One rank, a process, of the measurement of NCCL or of ours between processes; rank 0 prints its rows."""
+def process_rank(engine: str, directory: str, rank: int, size: int, port: int, repeats: int, own: bool) -> None:
+    """One rank, a process, of a measurement by host calls; rank 0 prints its rows.
+
+    Engines: nccl and launcher by ``dist.all_reduce``, ipc by our kernels alone. ``own``: a GPU for each rank.
+    """
     import torch
     import torch.distributed as dist
 
     from launcher._native import LocalGroup
     from launcher.collectives.cuda_ipc import IpcAllreduce
 
+    device = rank if own else 0
+    torch.cuda.set_device(device)
     group = LocalGroup(directory, engine, rank, size, timeout_s=120.0)
     ipc = None
-    if engine == "nccl":
-        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
-        dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    if engine == "ipc":
+        ipc = IpcAllreduce(group, device, staging_bytes=STAGED)
     else:
-        ipc = IpcAllreduce(group, 0, staging_bytes=STAGED)
+        if engine == "nccl" and not own:
+            os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+        if engine == "launcher":
+            import launcher.collectives.torch_backend  # noqa: F401
+        dist.init_process_group(engine, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     rows = []
-    for nbytes in [size_ for size_ in SIZES if size_ <= STAGED]:
-        tensor = torch.zeros(nbytes // 4, device="cuda:0")
+    for nbytes in [size_ for size_ in SIZES if size_ <= STAGED or own]:
+        tensor = torch.zeros(nbytes // 4, device=f"cuda:{device}")
 
         def work(tensor: Any = tensor) -> None:
             if ipc is None:
                 dist.all_reduce(tensor)
             else:
-                ipc.allreduce(tensor, algorithm="one_shot")
+                ipc.allreduce(tensor, algorithm="one_shot" if tensor.nbytes <= STAGED else "two_shot")
 
+        work()  # what is made or measured once
         times = []
         for number in range(repeats + 1):
+            torch.cuda.synchronize()
             group.barrier()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -272,6 +284,9 @@ def process_rank(engine: str, directory: str, rank: int, size: int, port: int, r
             if number:
                 times.append(1e3 * begin.elapsed_time(end) / CALLS)
         rows.append({"bytes": nbytes, "us": statistics.median(times)})
+    if engine == "launcher":
+        told = dist.distributed_c10d._get_default_group().statistics()["gpu"]
+        rows.append({"ours up to": told["bytes_up_to"].get("float32", {}).get("two_shot", 0), "calls": told["calls"]})
     group.barrier()
     if rank == 0:
         print(json.dumps(rows), flush=True)
@@ -282,14 +297,14 @@ def process_rank(engine: str, directory: str, rank: int, size: int, port: int, r
     group.close()
 
 
-def measure_processes(engine: str, size: int, repeats: int) -> tuple[list[dict[str, Any]], str]:
+def measure_processes(engine: str, size: int, repeats: int, own: bool) -> tuple[list[dict[str, Any]], str]:
     """Rows of rank 0, or none and the last line of what a rank said."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, __file__, "--rank-of", engine, "--directory", directory, "--port", str(port)]
-        command += ["--size", str(size), "--repeats", str(repeats)]
+        command += ["--size", str(size), "--repeats", str(repeats), *(["--own"] if own else [])]
         ranks = [
             subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for rank in range(size)
@@ -334,9 +349,10 @@ def main() -> int:
         parser.add_argument(name, default="", help=argparse.SUPPRESS)
     for name in ("--rank", "--size", "--port", "--repeats"):
         parser.add_argument(name, type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
-        process_rank(args.rank_of, args.directory, args.rank, args.size, args.port, args.repeats)
+        process_rank(args.rank_of, args.directory, args.rank, args.size, args.port, args.repeats, args.own)
         return 0
 
     from launcher.collectives.cuda import find_devices
@@ -361,10 +377,15 @@ def main() -> int:
     }
     print(f"{found['device']}, torch {found['torch']}, NCCL {'.'.join(map(str, found['nccl']))}")
     # Processes first: this one then has no kernels of its own on the GPU beside them.
-    for engine in ("nccl", "ipc"):
-        rows, why = measure_processes(engine, 2, repeats)
-        found[f"processes_{engine}"] = rows or why
-        show(f"{engine}, 2 processes on one GPU, us" + (f": not measured: {why}" if why else ""), rows)
+    layouts = [(2, False)] + [(size, True) for size in (2, 4, 8) if size <= len(devices)]
+    for size, own in layouts:
+        where = "a GPU each" if own else "on one GPU"
+        for engine in ("nccl", "ipc", "launcher"):
+            rows, why = measure_processes(engine, size, repeats, own)
+            found[f"processes_{engine}_{size}{'_own' if own else ''}"] = rows or why
+            show(f"{engine}, {size} processes {where}, us" + (f": not measured: {why}" if why else ""), rows)
+    if len(devices) < 2:
+        print("\nbackend launcher against NCCL, a GPU for each rank: not measured, it takes two GPUs")
     found["copy_gb_s"] = measure_copy(torch, repeats)
     print(f"\ncopy of float32: {found['copy_gb_s']:.0f} GB/s, read and written")
     found["packing"] = measure_packing(torch, found["copy_gb_s"], repeats)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import os
 import select
-import statistics
 import struct
 import sys
 import threading
@@ -89,6 +88,15 @@ def find_crossover(timings: Sequence[Timing]) -> Crossover:
     )
 
 
+def exchange(group: Group, own: bytes) -> list[bytes]:
+    """What each rank of a group says; all say as many bytes. All ranks call it."""
+    size = len(own)
+    source = ctypes.create_string_buffer(own, size)
+    target = ctypes.create_string_buffer(size * group.size)
+    group.all_gather(ctypes.addressof(source), ctypes.addressof(target), [size] * group.size, DType.uint8)
+    return [target.raw[rank * size : (rank + 1) * size] for rank in range(group.size)]
+
+
 class IpcAllreduce:
     """One rank's end of allreduce between the GPUs of one host. Every rank of ``group`` makes one, at the same time.
 
@@ -105,6 +113,7 @@ class IpcAllreduce:
         shared_bytes: for :meth:`allocate`.
         timeout_s: how long a kernel waits for a peer; None: as the group.
         order: flags, host, or auto: host where two processes share a GPU. Who runs the CUDA MPS daemon may say flags.
+        ranks: the members as errors are to number them; None: as the group does.
 
     Raises:
         UsageError: no such GPU, more ranks than the kernels take, ranks on several hosts, or different arguments.
@@ -121,6 +130,7 @@ class IpcAllreduce:
         shared_bytes: int = 0,
         timeout_s: float | None = None,
         order: str = "auto",
+        ranks: Sequence[int] | None = None,
     ) -> None:
         from launcher._native import CUDA_MAX_RANKS, CudaCommunicator
 
@@ -137,6 +147,7 @@ class IpcAllreduce:
         self.rank, self.size, self.device = group.rank, group.size, device
         self.timeout_s = group.timeout_s if timeout_s is None else timeout_s
         self._group = group
+        self._ranks = ranks
         self._communicator: CudaCommunicator | None = None
         self._staging = _rounded(staging_bytes)
         self._shared_bytes, self._shared_used = _rounded(shared_bytes), 0
@@ -154,7 +165,7 @@ class IpcAllreduce:
         except UsageError as raised:
             error = raised
         except RuntimeError as raised:
-            error = CollectiveError(f"GPU {device}: {raised}", "system", self.rank, operation="join")
+            error = CollectiveError(f"GPU {device}: {raised}", "system", self._number(self.rank), operation="join")
         try:
             self._connect(said, error, order)
         except BaseException:
@@ -168,22 +179,21 @@ class IpcAllreduce:
         text = str(error).encode()[:511] if error is not None else b""
         memory = (self._staging, self._shared_bytes)
         own = _SAID.pack(text, _host(), ORDERS.index(order), *memory, os.getpid(), _pid_namespace())
-        everything = self._exchange(own + said.ljust(CUDA_PEER_BYTES, b"\0"))
+        everything = exchange(self._group, own + said.ljust(CUDA_PEER_BYTES, b"\0"))
         if error is not None:
             raise error
         heads = [_SAID.unpack(entry[: _SAID.size]) for entry in everything]
         for rank, (failed, host, wanted, *sizes, _, _) in enumerate(heads):
             if failed.rstrip(b"\0"):
                 reason = failed.rstrip(b"\0").decode(errors="replace")
-                raise CollectiveError(f"rank {rank} of the group can not take part: {reason}", "system", rank)
+                raise CollectiveError(f"{self._name(rank)} can not take part: {reason}", "system", self._number(rank))
             if host != heads[self.rank][1]:
-                raise UsageError(f"rank {rank} of the group is on another host; between hosts use NCCL")
+                raise UsageError(f"{self._name(rank)} is on another host; between hosts use NCCL")
             if wanted != heads[self.rank][2]:
-                raise UsageError(f"order: {order!r} here, {ORDERS[wanted]!r} on rank {rank} of the group; say the same")
+                raise UsageError(f"order: {order!r} here, {ORDERS[wanted]!r} on {self._name(rank)}; say the same")
             if tuple(sizes) != memory:
                 raise UsageError(
-                    f"staging_bytes, shared_bytes: {memory} here, {tuple(sizes)} on rank {rank} of the group; "
-                    "say the same"
+                    f"staging_bytes, shared_bytes: {memory} here, {tuple(sizes)} on {self._name(rank)}; say the same"
                 )
         processes = {
             pid: rank
@@ -195,16 +205,16 @@ class IpcAllreduce:
         failed_text, culprit, self.ranks_per_device, processes_share, self.blocks = self._native.connect(
             b"".join(entry[_SAID.size :] for entry in everything)
         )
-        reports = self._exchange(failed_text.encode()[:511].ljust(512, b"\0") + struct.pack("<i", culprit))
+        reports = exchange(self._group, failed_text.encode()[:511].ljust(512, b"\0") + struct.pack("<i", culprit))
         for rank, report in enumerate(reports):
             if report[:512].rstrip(b"\0"):
                 (other,) = struct.unpack("<i", report[512:])
                 raise CollectiveError(
-                    f"rank {rank} of the group can not reach the memory of rank {other}: "
+                    f"{self._name(rank)} can not reach the memory of {self._name(other)}: "
                     f"{report[:512].rstrip(bytes(1)).decode(errors='replace')}; the ranks must see each other's GPUs "
                     "(CUDA_VISIBLE_DEVICES), which must reach each other (nvidia-smi topo -p2p r)",
                     "system",
-                    other,
+                    self._number(other),
                     operation="join",
                 )
         self.order = order if order != "auto" else "host" if processes_share else "flags"
@@ -221,14 +231,11 @@ class IpcAllreduce:
             raise CollectiveError("allreduce between GPUs: this end of it is closed", "closed")
         return self._communicator
 
-    def _exchange(self, own: bytes) -> list[bytes]:
-        """What each rank says; all say as much."""
-        size = len(own)
-        source = ctypes.create_string_buffer(own, size)
-        target = ctypes.create_string_buffer(size * self.size)
-        counts = [size] * self.size
-        self._group.all_gather(ctypes.addressof(source), ctypes.addressof(target), counts, DType.uint8)
-        return [target.raw[rank * size : (rank + 1) * size] for rank in range(self.size)]
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} of the group" if self._ranks is None else f"rank {self._ranks[rank]}"
+
+    def _number(self, rank: int) -> int:
+        return rank if self._ranks is None else self._ranks[rank]
 
     # ---- calls
 
@@ -347,10 +354,11 @@ class IpcAllreduce:
             UsageError: another rank asked for another size.
             ValueError: more than is left of shared_bytes.
         """
-        asked = [struct.unpack("<QQ", said) for said in self._exchange(struct.pack("<QQ", nbytes, self._shared_used))]
+        own = struct.pack("<QQ", nbytes, self._shared_used)
+        asked = [struct.unpack("<QQ", said) for said in exchange(self._group, own)]
         for rank, other in enumerate(asked):
             if other != asked[self.rank]:
-                raise UsageError(f"allocate({nbytes}): rank {rank} of the group called allocate({other[0]})")
+                raise UsageError(f"allocate({nbytes}): {self._name(rank)} called allocate({other[0]})")
         if not 0 < nbytes <= self._shared_bytes - self._shared_used:
             left = self._shared_bytes - self._shared_used
             raise ValueError(f"allocate({nbytes}): {left} of shared_bytes ({self._shared_bytes}) are left")
@@ -425,6 +433,8 @@ class IpcAllreduce:
 
     def _time(self, way: Callable[[], object], stream: int, repeats: int, calls: int) -> float:
         """Microseconds of a call: the median of ``repeats`` runs."""
+        import statistics
+
         from launcher._native import CudaEvent
 
         begin, end = CudaEvent(self.device), CudaEvent(self.device)
@@ -442,7 +452,7 @@ class IpcAllreduce:
 
     def _gathered(self, values: Sequence[float]) -> list[tuple[float, ...]]:
         layout = struct.Struct(f"<{len(values)}d")
-        return [layout.unpack(said) for said in self._exchange(layout.pack(*values))]
+        return [layout.unpack(said) for said in exchange(self._group, layout.pack(*values))]
 
     # ---- failures and the end
 
@@ -455,24 +465,25 @@ class IpcAllreduce:
         state, culprit, call = self._native.status()
         if self._lost:
             raise CollectiveError(
-                f"allreduce between GPUs: the process of rank {self._lost[0]} of the group has ended; start the job "
-                "again from a checkpoint",
+                f"allreduce between GPUs: the process of {self._name(self._lost[0])} has ended; start the job again "
+                "from a checkpoint",
                 "lost",
-                self._lost[0],
+                self._number(self._lost[0]),
                 operation="allreduce",
             )
         if state == 0:
             return
+        who = self._name(culprit)
         reasons = {
-            _TIMED_OUT: ("timeout", f"rank {culprit} of the group did not come within {self.timeout_s:g} s"),
-            _PEER_GAVE_UP: ("left", f"rank {culprit} of the group gave it up; its own error says why"),
+            _TIMED_OUT: ("timeout", f"{who} did not come within {self.timeout_s:g} s"),
+            _PEER_GAVE_UP: ("left", f"{who} gave it up; its own error says why"),
             _ABORTED: ("interrupted", "this rank gave it up"),
         }
         reason, what = reasons[state]
         raise CollectiveError(
             f"allreduce between GPUs, call {call}: {what}; its result is not there, and this communicator is done with",
             reason,
-            culprit,
+            self._number(culprit),
             operation="allreduce",
             sequence=call,
         )

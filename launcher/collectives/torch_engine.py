@@ -47,6 +47,7 @@ class Engines:
         self._name = name
         self._one_host = one_host
         self._nccl: Any = None
+        self._no_nccl = False
         self._gloo: Any = None
         self._refused = ""
         try:
@@ -66,12 +67,12 @@ class Engines:
                 "name the network interface to use"
             )
         if self._rank == 0:
-            say_once(f"gloo {what}", f'backend "launcher": {what} is carried by torch\'s Gloo')
+            say_once(f"gloo {what}", f'backend "launcher": torch\'s Gloo carries {what}')
         return self._gloo
 
     def cuda(self, what: str) -> Any:
-        """The back-end for GPU memory: NCCL, or Gloo where torch has none."""
-        if not dist.is_nccl_available():
+        """The back-end for GPU memory: NCCL, or Gloo where there is none."""
+        if self._no_nccl or not dist.is_nccl_available():
             return self.gloo(what)
         if self._nccl is None:
             options = dist.ProcessGroupNCCL.Options()
@@ -84,6 +85,10 @@ class Engines:
             if self._rank == 0:
                 say_once("nccl", 'backend "launcher": tensors in GPU memory are carried by NCCL')
         return self._nccl
+
+    def refuse_nccl(self) -> None:
+        """NCCL can not be used by these ranks; called on all of them."""
+        self._no_nccl = True
 
     def of(self, tensor: Any, what: str) -> Any:
         """The back-end for ``tensor``."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from launcher._native import LocalGroup
 from launcher.collectives.executor import Executor
+from launcher.collectives.torch_cuda import GpuAllreduce
 from launcher.collectives.torch_engine import Engines
 from launcher.collectives.torch_operations import Operations
 from launcher.collectives.torch_shared import Buckets, Pool
@@ -27,7 +28,8 @@ _ABORT_S = 5.0
 
 
 class LauncherProcessGroup(Operations, dist.ProcessGroup):  # type: ignore[misc]
-    """Collectives on CPU tensors through the launcher's core, everything else through torch's own engines.
+    """Collectives on CPU tensors through the launcher's core, small allreduces between GPUs by its kernels, all else
+    through torch's own engines.
 
     A call that its caller waits for at once runs in the caller's thread when nothing is queued; others are carried out
     in order by a communication thread, or by who waits for them. Calls of one group are to be made in the same order on
@@ -64,9 +66,13 @@ class LauncherProcessGroup(Operations, dist.ProcessGroup):  # type: ignore[misc]
         self._allreduce = group.allreduce
         self._buckets = Buckets(group)
         self.pool = Pool(group, self._run)
-        self._engines = Engines(store, rank, ranks, timeout, name, isinstance(group, LocalGroup))
+        one_host = isinstance(group, LocalGroup)
+        self._engines = Engines(store, rank, ranks, timeout, name, one_host)
+        self._gpu = GpuAllreduce(group, ranks, one_host, self._executor, self._engines)
         self._splits = 0
-        self._closer = weakref.finalize(self, _close, self._executor, group, self._buckets, self.pool, self._engines)
+        self._closer = weakref.finalize(
+            self, _close, self._executor, group, self._gpu, self._buckets, self.pool, self._engines
+        )
         self._closer.atexit = False  # the executor sees to work that is left then, and does not wait for ever
 
     # ---- what torch's engines do
@@ -93,8 +99,8 @@ class LauncherProcessGroup(Operations, dist.ProcessGroup):  # type: ignore[misc]
         return "launcher"
 
     def statistics(self) -> dict[str, Any]:
-        """What the core has counted: calls and bytes by path. See docs/collectives.md."""
-        return dict(self._run(self._group.statistics))
+        """What the core has counted, calls and bytes by path; ``gpu``: who carried what. See docs/collectives.md."""
+        return {**self._run(self._group.statistics), "gpu": self._gpu.statistics()}
 
     @property
     def group_name(self) -> str:
@@ -142,16 +148,19 @@ class LauncherProcessGroup(Operations, dist.ProcessGroup):  # type: ignore[misc]
         """How long a call waits for another rank, from the next call on."""
         self._timeout = timeout
         self._run(partial(setattr, self._group, "timeout_s", timeout.total_seconds()))
+        self._gpu.set_timeout(timeout.total_seconds())
         self._engines.set_timeout(timeout)
 
     def _start_coalescing(self, device: Any) -> None:
         backend = self._get_backend(device)
         if not isinstance(backend, _CpuBackend):
             backend._start_coalescing()
+            self._gpu.together = True
 
     def _end_coalescing(self, device: Any) -> Any:
         backend = self._get_backend(device)
         if not isinstance(backend, _CpuBackend):
+            self._gpu.together = False
             return backend._end_coalescing()
         return self._start(_nothing, False, [])  # over when all that was queued before it is
 
@@ -184,6 +193,7 @@ class LauncherProcessGroup(Operations, dist.ProcessGroup):  # type: ignore[misc]
 
     def abort(self) -> None:
         """Leaves the group at once; the other ranks' calls fail, naming this rank."""
+        self._gpu.abort()
         self._group.abort("the process group was aborted")
         self._engines.shutdown(abort=True)
         try:
@@ -216,8 +226,9 @@ class _CpuBackend:
         return self._group.pool.tensor(int(size), dtype)
 
 
-def _close(executor: Executor, group: Group, buckets: Buckets, pool: Pool, engines: Engines) -> None:
+def _close(executor: Executor, group: Group, gpu: GpuAllreduce, buckets: Buckets, pool: Pool, engines: Engines) -> None:
     executor.close()
+    gpu.close()
     buckets.close()
     pool.closed = True
     group.close()

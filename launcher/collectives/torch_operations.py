@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from launcher.collectives.executor import Executor
     from launcher.collectives.group import Group
+    from launcher.collectives.torch_cuda import GpuAllreduce
     from launcher.collectives.torch_engine import Engines
 
 _Allreduce = c10d.AllreduceOptions
@@ -63,6 +64,7 @@ class Operations:
     _allreduce: Callable[..., None]
     _buckets: Buckets
     _engines: Engines
+    _gpu: GpuAllreduce
 
     # ---- reductions
 
@@ -96,6 +98,9 @@ class Operations:
             return self.allreduce_coalesced(tensors, opts)
         (tensor,) = tensors
         if not reducible(tensor):
+            ours = self._gpu.allreduce(tensors, opts)
+            if ours is not None:
+                return ours
             return self._engine(tensor, "the reduction of").allreduce(tensors, opts)
         number, scale = operation(opts.reduceOp, tensor)
         at_once = waited(opts)
@@ -114,6 +119,9 @@ class Operations:
         tensors, opts = listed(tensors), options(c10d.AllreduceCoalescedOptions, opts)
         strange = next((tensor for tensor in tensors if not reducible(tensor)), None)
         if strange is not None:
+            ours = self._gpu.allreduce(tensors, opts)
+            if ours is not None:
+                return ours
             return self._engine(strange, "the reduction of").allreduce_coalesced(tensors, opts)
         scales = [operation(opts.reduceOp, tensor) for tensor in tensors]
 
@@ -394,6 +402,8 @@ class Operations:
         return COMPLETED
 
     def _engine(self, tensor: Any, what: str) -> Any:
+        if tensor.is_cuda:
+            self._gpu.look(tensor.get_device())
         return self._engines.of(tensor, f"{what} {describe(tensor)}")
 
     def _each(self, engine: Any, call: Callable[..., Any], outputs: Any, inputs: Any, opts: Any) -> Any:
