@@ -22,7 +22,7 @@ WATCHDOG = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\(
 # (CollectiveError; other libraries wrap it in errors of their own, so its class is not asked for).
 COLLECTIVE = re.compile(
     r"\b(?P<operation>join|barrier|allreduce|reduce_scatter|all_gather|broadcast|reduce|all_to_all) #"
-    r"(?P<sequence>\d{1,19})(?: of [\d,]{1,27} B)?: "
+    r"(?P<sequence>\d{1,19})(?: of [\d,]{1,27} B| of group [^\n:]{1,200})?: "
     r"(?P<reason>rank (?P<rank>\d{1,9})\b(?: on (?P<host>[^\s,:;()]{1,255}))?[^\n]{1,300})"
 )
 

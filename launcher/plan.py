@@ -86,7 +86,7 @@ def _mpirun(prepared: Prepared) -> list[str]:
 def _collectives(prepared: Prepared) -> dict[str, str]:
     """What carries launcher's own collectives inside a host and between hosts, and why.
 
-    Whether mpi4py is there, the ranks find out; they say in the log what they took.
+    Whether mpi4py and a fabric are there, the ranks find out; they say in the log what they took.
     """
     found = {"inside": "shared memory", "between": "", "why": ""}
     if len(prepared.topology.hosts) < 2:
@@ -95,9 +95,9 @@ def _collectives(prepared: Prepared) -> dict[str, str]:
     if wish != "auto":
         found.update(between=wish, why="LAUNCHER_COLLECTIVE_LEG")
     elif prepared.mpi is not None:
-        found.update(between="mpi", why="the job runs under MPI; gloo where mpi4py is not installed")
+        found.update(between="sockets", why="mpi where all hosts have a fabric, such as InfiniBand or EFA, and mpi4py")
     else:
-        found.update(between="gloo", why="the ranks are not started by mpirun")
+        found.update(between="sockets", why="the ranks are not started by mpirun")
     wire = prepared.environ.get("LAUNCHER_COLLECTIVE_WIRE", "none")
     if wire != "none":
         found["wire"] = wire

@@ -98,10 +98,21 @@ def discard_tree(spec: JobSpec) -> None:
 def _clear_run_directory(prepared: Prepared, verdict: Verdict) -> None:
     """Removes what nobody will look for: the files of a success in the shared place, and what holds no logs."""
     if prepared.keep_logs and not (verdict.ok and os.path.dirname(prepared.run_dir) == shared_base()):
+        _clear_meetings(prepared.run_dir)
         return
     import shutil
 
     shutil.rmtree(prepared.run_dir, ignore_errors=True)
+
+
+def _clear_meetings(run_dir: str) -> None:
+    """Removes what ranks that died left where they made their groups (native/collectives/join.h)."""
+    try:
+        for name in os.listdir(run_dir):
+            if name.startswith("group-"):
+                os.unlink(os.path.join(run_dir, name))
+    except OSError:
+        pass  # its owner is removing the directory, or made one of that name
 
 
 def _make_run_directory(path: str) -> None:

@@ -15,7 +15,7 @@ from statistic import HOSTS
 
 RATE_GBIT = 10
 PAYLOAD = 1448 / 1514  # of a full Ethernet frame with TCP's time stamps, as the limit counts it
-OVER_GLOO = "launcher over Gloo"
+OVER_MPI, OVER_GLOO = "launcher over MPI", "launcher over Gloo"
 _SECONDS = 0.1
 
 
@@ -46,7 +46,7 @@ def _with(contender: Contender, start: tuple[str, ...], environ: Mapping[str, st
 
 
 def _here(contenders: Sequence[Contender], agent: str) -> list[Contender]:
-    """Those that can run on several hosts, as they are started there; ours over each engine."""
+    """Those that can run on several hosts, as they are started there; ours over its own sockets and each engine."""
     found = memory_limit()
     engine: Contender | None = None
     for one in contenders:
@@ -58,11 +58,12 @@ def _here(contenders: Sequence[Contender], agent: str) -> list[Contender]:
         elif one.peer == MPIS[2]:
             found.append(_mpich(one, agent))
     if any(one.label == OURS for one in contenders):
+        found.append(Contender(OURS, "launcher", "ours", sys.executable, options={"join": {"leg": "sockets"}}))
         leg = {"join": {"leg": "gloo"}}
         found.append(Contender(OVER_GLOO, "launcher", "ours", sys.executable, options=leg))
         if engine is not None:
             options = {"join": {"leg": "mpi"}, "mpi": True}
-            found.append(Contender(OURS, "launcher", "ours", sys.executable, engine.start, engine.environ, options))
+            found.append(Contender(OVER_MPI, "launcher", "ours", sys.executable, engine.start, engine.environ, options))
     return found
 
 

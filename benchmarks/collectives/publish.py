@@ -27,7 +27,11 @@ from launcher.collectives import plot
 MODES = {"fresh": "each buffer rewritten before each call", "hot": "back to back on the same buffer"}
 # In the cases through torch: the step without the others, and which of ours is held against whom.
 ALONE = "no communication"
-OURS_AGAINST = {"launcher": (GLOO, HOROVOD), "launcher.horovod": (HOROVOD,)}
+OURS_AGAINST = {
+    "launcher": (GLOO, HOROVOD),
+    "launcher, bucket views": (f"{GLOO}, bucket views",),
+    "launcher.horovod": (HOROVOD,),
+}
 
 
 def number(value: float) -> str:

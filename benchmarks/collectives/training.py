@@ -35,6 +35,8 @@ STEPS = {"call": 2000, "large": 5, "wide": 15, "small": 40}
 BARS = {CALL: 60.0, "100 M parameters": 1.5, "25 M parameters": 1.5, "400 small tensors": 2.0}  # against each peer
 LIMITS_US = {CALL: 5.0}
 ALONE, HOROVOD_OURS = "no communication", "launcher.horovod"
+VIEWED = f"{GLOO}, bucket views"
+SILENT = "DDP that sends nothing"  # what its own copying costs: no back-end can be faster
 
 
 def contenders(environments: Sequence[Path], absent: dict[str, str]) -> list[Contender]:
@@ -44,19 +46,23 @@ def contenders(environments: Sequence[Path], absent: dict[str, str]) -> list[Con
     start = (own, "-m", "launcher", "--nproc", "{n}", "--affinity", "none", "--no-python")
     found = memory_limit()
     free = {"pin": False}
-    for label, peer, carrier, environ in (
-        (ALONE, ALONE, "none", {}),
-        ("launcher", "launcher", "launcher", {}),
+    views = {"views": True}
+    for label, peer, carrier, environ, options in (
+        (ALONE, ALONE, "none", {}, {}),
+        (SILENT, ALONE, "launcher", {}, {"silent": True}),
+        ("launcher", "launcher", "launcher", {}, {}),
         # The same without memory that ranks share: each bucket is copied.
-        ("launcher, copying", "launcher", "launcher", {"LAUNCHER_ZERO_COPY": "0"}),
-        (HOROVOD_OURS, "launcher", "launcher.horovod.torch", {}),
+        ("launcher, copying", "launcher", "launcher", {"LAUNCHER_ZERO_COPY": "0"}, {}),
+        ("launcher, bucket views", "launcher", "launcher", {}, views),
+        (HOROVOD_OURS, "launcher", "launcher.horovod.torch", {}, {}),
     ):
-        found.append(Contender(label, peer, "torch_steps", own, start, environ, {"carrier": carrier}))
+        found.append(Contender(label, peer, "torch_steps", own, start, environ, {"carrier": carrier, **options}))
     try:
         python = python_with("torch numpy", environments)
         gloo = {"carrier": "gloo"}
         found.append(Contender(GLOO, GLOO, "torch_steps", python, options=gloo))
         found.append(Contender(GLOO + UNPINNED, GLOO, "torch_steps", python, options=gloo | free))
+        found.append(Contender(VIEWED, VIEWED, "torch_steps", python, options=gloo | views))
     except Absent as error:
         absent[GLOO] = str(error)
     try:
@@ -90,7 +96,9 @@ def train(
                 dist_only = name == "call"
                 before = field.ping()
                 for contender in runners:
-                    if dist_only and contender.options["carrier"] not in ("gloo", "launcher"):
+                    options = contender.options
+                    steps_only = options.get("views") or options.get("silent")
+                    if dist_only and (options["carrier"] not in ("gloo", "launcher") or steps_only):
                         continue
                     answers = field.order(contender, {**order, "steps": STEPS[name]}, 120)
                     after = field.ping()

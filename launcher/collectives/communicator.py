@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from array import array as Numbers
 from collections import deque
@@ -439,9 +440,12 @@ class Communicator:
 
         Raises:
             OSError: there is no memory left.
+            ValueError: a shape that can not be.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         nbytes = product(shape) * SIZES[element_type(dtype)]
+        if min(shape, default=0) < 0 or nbytes > sys.maxsize:
+            raise ValueError(f"shape is {shape}; expected no negative number, and at most {sys.maxsize} bytes")
         address: int = self._run(lambda: self._group.allocate(max(nbytes, 1)))
         import ctypes
 

@@ -109,6 +109,14 @@ class Mismatch(Exception):
         super().__init__(peer)
 
 
+def notice_text(notice: dict[str, Any]) -> bytes:
+    """A notice as it is sent: at most NOTICE_BYTES."""
+    text = json.dumps(notice).encode()
+    if len(text) > NOTICE_BYTES:
+        text = json.dumps({**notice, "text": str(notice.get("text", ""))[:150]}).encode()[:NOTICE_BYTES]
+    return text
+
+
 class Crossing:
     """This rank's messages to the others in its column.
 
@@ -158,8 +166,9 @@ class Crossing:
         for peer in peers:
             self._sends.append(self.send(peer, self._out, HEADER.size + nbytes, MAIL))
 
-    def take(self, header: bytes, peer: int) -> int:
-        """Waits for the next message of ``peer``; address of what follows the header. :meth:`free` gives it back.
+    def take(self, header: bytes, peer: int, nbytes: int) -> int:
+        """Waits for the next message of ``peer``; address of the ``nbytes`` that follow the header. :meth:`free` gives
+        it back.
 
         Raises:
             LegError: the peer is gone.
@@ -184,13 +193,17 @@ class Crossing:
     def check(self, header: bytes) -> None:
         """Waits for the others' announcements."""
         for _, peer in self.layout.peers:
-            self.take(header, peer)
+            self.take(header, peer, 0)
             self.free(peer)
 
     def sent(self) -> None:
         """Waits until all mail has left."""
         sends, self._sends = self._sends, []
         self.leg.wait(sends)
+
+    def counted(self) -> tuple[int, int]:
+        """Bytes and messages that this rank has sent."""
+        return self.sent_bytes, self.messages
 
     # ---- long messages
 
@@ -226,11 +239,10 @@ class Crossing:
             return None
         return value if isinstance(value, dict) else None
 
-    def give_up(self, notice: dict[str, Any]) -> None:
-        """Tells the column why this rank leaves, as far as it can be told, and closes the leg."""
-        text = json.dumps(notice).encode()
-        if len(text) > NOTICE_BYTES:
-            text = json.dumps({**notice, "text": str(notice.get("text", ""))[:150]}).encode()[:NOTICE_BYTES]
+    def give_up(self, notice: dict[str, Any], orderly: bool = False) -> None:
+        """Tells the column why this rank leaves, as far as it can be told, and closes the leg. ``orderly``: nothing
+        went wrong, and those who still wait for others are not to be disturbed."""
+        text = notice_text(notice)
         at = self._notice_out
         self._memory[at : at + NOTICE_BYTES] = text.ljust(NOTICE_BYTES, b"\0")
         limit, self.leg.timeout_s = self.leg.timeout_s, 0.5
@@ -258,12 +270,12 @@ class Fold:
         import launcher._native as _native
 
         self.dtype, self.op, self.size = dtype, op, SIZES[dtype]
-        self._scale, self._divisor, self._prescale = scale, divisor, list(prescale)
+        self.scale, self.divisor, self._prescale = scale, divisor, list(prescale)
         self._reduce = _native.reduce_into
 
     def into(self, target: int, sources: list[int], count: int) -> None:
         """target[i] = finish(fold of sources[.][i])."""
-        self._reduce(target, sources, count, self.dtype, self.op, self._prescale, self._scale, self._divisor)
+        self._reduce(target, sources, count, self.dtype, self.op, self._prescale, self.scale, self.divisor)
 
 
 class Direct:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import time
 from typing import Protocol
 
 from launcher.collectives.place import Place, identity, read_place, status_page
@@ -14,8 +16,7 @@ from launcher.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import TracebackType
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
 
@@ -220,7 +221,7 @@ def join(
     for index, member in enumerate(members):
         hosts.setdefault(member.identity, []).append(index)
     here = hosts[members[rank].identity]
-    with _MeetingPlace(name, rank, here, members, store, place) as (directory, file_name):
+    with _meeting_place(name, rank, here, members, store, place) as (directory, file_name):
         local = LocalGroup(
             directory,
             file_name,
@@ -284,30 +285,78 @@ def _checked(name: str, rank: int, size: int, ranks: Sequence[int] | None, place
 def _introduce(
     name: str, rank: int, size: int, ranks: Sequence[int] | None, store: Store, place: Place | None
 ) -> list[Member]:
-    """Who the members are and which of them share a host, told by each of them through the store."""
-    number = ranks[rank] if ranks is not None else place.rank if place else rank
+    """Who the members are and which of them share a host, told by each of them through the store.
+
+    One that gives up says so there: who comes later would find everybody's word, and wait for those that are gone.
+    """
     mine: dict[str, Any] = {
-        "rank": number,
+        "rank": ranks[rank] if ranks is not None else place.rank if place else rank,
         "size": size,
         "host": place.host if place else os.uname().nodename,
         "identity": identity(place),
+        "visit": os.urandom(8).hex(),
     }
     store.set(_key(name, f"member/{rank}"), json.dumps(mine).encode())
-    members = []
-    for index in range(size):
-        who = f"rank {ranks[index] if ranks is not None else index}"
-        said = mine if index == rank else _fetch(store, name, f"member/{index}", who)
-        if said.get("size") != size:
-            raise CollectiveError(
-                f"join of group {name!r}: {who} on host {said.get('host')} joins a group of {said.get('size')} ranks, "
-                f"this rank one of {size}; all members must pass the same size",
-                "mismatch",
-                rank=int(said.get("rank", -1)),
-                host=str(said.get("host", "")),
-                operation="join",
-            )
-        members.append(Member(int(said["rank"]), str(said["host"]), str(said["identity"])))
-    return members
+    found = {rank: mine}
+    try:
+        for index in range(size):
+            if index != rank:
+                who = f"rank {ranks[index] if ranks is not None else index}"
+                found[index] = _fetch(store, name, f"member/{index}", who)
+                _check_member(name, rank, mine, who, found[index])
+    except BaseException as error:
+        visits = {str(index): said.get("visit") for index, said in found.items()}
+        gave_up = {**_last_words(error, mine["rank"], mine["host"]), "visits": visits}
+        _leave_word(store, _key(name, f"member/{rank}"), {**mine, "gave_up": gave_up})
+        raise
+    return [Member(int(said["rank"]), str(said["host"]), str(said["identity"])) for _, said in sorted(found.items())]
+
+
+def _check_member(name: str, rank: int, mine: dict[str, Any], who: str, said: dict[str, Any]) -> None:
+    """Raises when the group can not be made with a member that says this of itself."""
+    if said.get("size") != mine["size"]:
+        raise CollectiveError(
+            f"join #0: {who} on {said.get('host')} joins a group of {said.get('size')} ranks, this rank one of "
+            f"{mine['size']}; all members must pass the same size (group {name!r})",
+            "mismatch",
+            rank=int(said.get("rank", -1)),
+            host=str(said.get("host", "")),
+            operation="join",
+        )
+    gave_up = said.get("gave_up")
+    if gave_up is not None:
+        seen = gave_up["visits"].get(str(rank))
+        if seen in (None, mine["visit"]):  # else it gave up on an earlier visit of this rank
+            one_host = said["identity"] == mine["identity"]  # and with it one clock
+            when = f" {max(0.0, time.time() - gave_up['at']):.3g} s ago" if one_host else ""
+            raise _passed_on(gave_up, said["rank"], said["host"], when)
+
+
+def _last_words(error: BaseException, rank: int, host: str) -> dict[str, Any]:
+    """What a member that gives up leaves in the store."""
+    if isinstance(error, CollectiveError):
+        words = {"reason": error.reason, "rank": error.rank, "host": error.host, "text": str(error)}
+    else:
+        text = f"join #0: rank {rank} on {host} could not take part: {type(error).__name__}: {error}"
+        reason = "system" if isinstance(error, OSError) else "left"
+        words = {"reason": reason, "rank": rank, "host": host, "text": text}
+    return {**words, "at": time.time()}
+
+
+def _leave_word(store: Store, key: str, words: dict[str, Any]) -> None:
+    # An error is on its way already, and may be that the store is gone.
+    with contextlib.suppress(OSError, RuntimeError):
+        store.set(key, json.dumps(words).encode())
+
+
+def _passed_on(words: dict[str, Any], rank: int, host: str, when: str) -> CollectiveError:
+    return CollectiveError(
+        f"{words['text']}; rank {rank} on {host} gave up{when}, before this rank was there",
+        "left" if words["reason"] == "interrupted" else str(words["reason"]),
+        rank=int(words["rank"]),
+        host=str(words["host"]),
+        operation="join",
+    )
 
 
 def _key(name: str, what: str) -> str:
@@ -320,8 +369,8 @@ def _fetch(store: Store, name: str, what: str, who: str) -> dict[str, Any]:
     except (OSError, RuntimeError, LookupError) as error:  # what stores raise on their timeout
         number = int(who.removeprefix("rank ")) if who.startswith("rank ") else -1
         raise CollectiveError(
-            f"join of group {name!r}: {who} did not come: {error}; see whether it is still alive, and whether all "
-            "members join groups in the same order",
+            f"join #0: {who} did not come: {error}; see whether it is still alive, and whether all members join groups "
+            f"in the same order (group {name!r})",
             "timeout",
             rank=number,
             operation="join",
@@ -337,55 +386,40 @@ def file_name(name: str, attempt: int) -> str:
     return f"group-{attempt}-{name}"
 
 
-class _MeetingPlace:
+@contextlib.contextmanager
+def _meeting_place(
+    name: str, rank: int, here: list[int], members: list[Member], store: Store | None, place: Place | None
+) -> Iterator[tuple[str, str]]:
     """Folder and file name where the members on this host meet; what was made for it is removed afterwards."""
-
-    def __init__(
-        self, name: str, rank: int, here: list[int], members: list[Member], store: Store | None, place: Place | None
-    ) -> None:
-        self._name, self._rank, self._here, self._members = name, rank, here, members
-        self._store, self._place = store, place
-        self._made = ""
-
-    def __enter__(self) -> tuple[str, str]:
-        plain = file_name(self._name, self._place.attempt if self._place else 0)
-        if self._store is None:
-            return self._place.directory if self._place else self._make(), plain
-        first = self._here[0]
-        what = f"place/{first}"
-        if self._rank == first:
-            try:
-                # The token keeps apart groups of one name that were made with different stores.
-                found = {"directory": self._place.directory if self._place else self._make()}
-                found["name"] = f"{plain}-{os.urandom(4).hex()}"
-            except OSError as error:
-                self._store.set(_key(self._name, what), json.dumps({"error": str(error)}).encode())
-                raise
-            self._store.set(_key(self._name, what), json.dumps(found).encode())
-        else:
-            member = self._members[first]
-            found = _fetch(self._store, self._name, what, f"rank {member.rank}")
-            if "error" in found:
-                raise CollectiveError(
-                    f"join of group {self._name!r}: rank {member.rank} on host {member.host} could not make a folder "
-                    f"to meet in: {found['error']}",
-                    "system",
-                    rank=member.rank,
-                    host=member.host,
-                    operation="join",
-                )
-        return found["directory"], found["name"]
-
-    def _make(self) -> str:
-        import tempfile
-
-        self._made = tempfile.mkdtemp(prefix="launcher-group-")  # its mode is 0700
-        return self._made
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._made:
+    plain, first = file_name(name, place.attempt if place else 0), members[here[0]]
+    if store is not None and rank != here[0]:
+        found = _fetch(store, name, f"place/{here[0]}", f"rank {first.rank}")
+        if "gave_up" in found:
+            raise _passed_on(found["gave_up"], first.rank, first.host, "")
+        yield found["directory"], found["name"]
+        return
+    made = ""
+    try:
+        if place is None:
+            made = _make_folder()
+        directory = place.directory if place else made
+        if store is not None:
+            # The token keeps apart groups of one name that were made with different stores.
+            plain = f"{plain}-{os.urandom(4).hex()}"
+            store.set(_key(name, f"place/{here[0]}"), json.dumps({"directory": directory, "name": plain}).encode())
+        yield directory, plain
+    except BaseException as error:
+        if store is not None:
+            _leave_word(store, _key(name, f"place/{here[0]}"), {"gave_up": _last_words(error, first.rank, first.host)})
+        raise
+    finally:
+        if made:
             import shutil
 
-            shutil.rmtree(self._made, ignore_errors=True)
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _make_folder() -> str:
+    import tempfile
+
+    return tempfile.mkdtemp(prefix="launcher-group-")  # its mode is 0700

@@ -22,7 +22,9 @@ import sys
 from launcher.collectives.crossing import HEADER, Layout, Mismatch, starts
 from launcher.collectives.elements import FLOATING, SIZES, DType, ReduceOp
 from launcher.collectives.legs import LEGS, LegError, agree
-from launcher.collectives.messages import SMALL_BYTES, Messages, Ordered
+from launcher.collectives.legs import job_store as job_store
+from launcher.collectives.messages import SMALL_BYTES, Messages
+from launcher.collectives.ordered import Ordered
 from launcher.collectives.wire import wire_of
 from launcher.errors import CollectiveError, UsageError
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from launcher._native import LocalGroup
     from launcher.collectives.group import Store
     from launcher.collectives.legs import Leg
-    from launcher.collectives.place import Place
+    from launcher.collectives.messages import Quick
 
 _NAMES = ("barrier", "allreduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "all_to_all")
 _BITS = (ReduceOp.BIT_AND, ReduceOp.BIT_OR, ReduceOp.BIT_XOR)
@@ -44,6 +46,7 @@ _CULPRIT = re.compile(r"culprit: rank (-?\d+) on ([^;]*); (\w+): (.*)", re.DOTAL
 _LEG_VARIABLE, _WIRE_VARIABLE = "LAUNCHER_COLLECTIVE_LEG", "LAUNCHER_COLLECTIVE_WIRE"
 _said: set[str] = set()
 _LATER_S = 30.0
+_KINDS = 256  # of allreduces, whose short way is kept
 
 
 def make(
@@ -66,8 +69,8 @@ def make(
     Args:
         ranks: the members' numbers in the job. hosts: ranks of the group by host, in the order of their first ones.
         names: of the hosts. store: reached by all members.
-        leg: ``mpi``, ``gloo``, or ``auto``: MPI where the job runs under it, else Gloo. ``auto`` looks at
-            LAUNCHER_COLLECTIVE_LEG first.
+        leg: ``sockets``, ``mpi``, ``gloo``, or ``auto``, see legs.agree. ``auto`` looks at LAUNCHER_COLLECTIVE_LEG
+            first.
         wire: ``bf16`` or ``fp16``: sums of float32 of more than SMALL_BYTES cross in 16 bits, see wire.py. ``none``
             looks at LAUNCHER_COLLECTIVE_WIRE first.
         independent: the result does not depend on which ranks share a host; not together with ``wire``.
@@ -99,13 +102,23 @@ def make(
             from launcher.collectives.leg_mpi import MpiLeg
 
             way = MpiLeg(prefix, ranks, timeout_s)
+        elif chosen == "sockets":
+            from launcher.collectives.leg_sockets import SocketsLeg
+
+            way = SocketsLeg(store, prefix, layout, timeout_s)
         else:
             from launcher.collectives.leg_gloo import GlooLeg
 
             way = GlooLeg(store, prefix, rank, size, timeout_s)
         group = HierarchicalGroup(local, name, layout, way, why, timeout_s, wire, independent)
     except LegError as error:
-        raise CollectiveError(f"join of group {name!r}: {error.text}", error.kind, rank=-1, operation="join") from error
+        raise CollectiveError(
+            f"join of group {name!r}: {error.text}",
+            error.kind,
+            rank=ranks[error.peer] if error.peer >= 0 else -1,
+            host=names[layout.host_of(error.peer)] if error.peer >= 0 else "",
+            operation="join",
+        ) from error
     text = f"collectives: {_engine(chosen)} between the hosts ({why})"
     if wire != "none":
         text += f", float32 sums in {wire}"
@@ -116,65 +129,7 @@ def make(
 
 
 def _engine(leg: str) -> str:
-    return "MPI" if leg == "mpi" else leg.capitalize()
-
-
-_store: tuple[Any, Any] = (None, None)
-
-
-def job_store(place: Place, timeout_s: float) -> Store:
-    """A store that all ranks of the launcher's job reach: MPI's world where the job runs under MPI, else torch's.
-
-    torch's is served by rank 0 at MASTER_ADDR, MASTER_PORT, together with the one that init_process_group makes.
-
-    Raises:
-        UsageError: neither is there. CollectiveError: rank 0 did not come.
-    """
-    global _store
-    key = (os.getpid(), place.attempt)
-    if _store[0] != key:
-        _store = key, _make_store(place, timeout_s)
-    store: Store = _store[1]
-    return store
-
-
-def _make_store(place: Place, timeout_s: float) -> Any:
-    from launcher.collectives.legs import gloo_lacking, mpi_lacking
-
-    no_mpi, no_torch = mpi_lacking(os.environ), gloo_lacking()
-    if not no_mpi:
-        from launcher.collectives.leg_mpi import MpiStore
-
-        return MpiStore(timeout_s)
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if no_torch or not address or not port.isdecimal():
-        reason = no_torch or "MASTER_ADDR and MASTER_PORT are not set"
-        raise UsageError(
-            f"the members are on several hosts and nothing leads from one to the other: no MPI ({no_mpi}), no store of "
-            f"torch ({reason}); install torch, or mpi4py and start the job with --engine mpi"
-        )
-    from datetime import timedelta
-
-    from torch import distributed as dist
-
-    try:
-        return dist.TCPStore(
-            address,
-            int(port),
-            place.world_size,
-            place.rank == 0,
-            timeout=timedelta(seconds=min(timeout_s, 1e9)),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
-        raise CollectiveError(
-            f"join: rank 0 serves no store at {address}:{port}: {error}; it has to join a group on several hosts, or "
-            "call init_process_group, too",
-            "timeout",
-            rank=0,
-            operation="join",
-        ) from error
+    return {"mpi": "MPI", "sockets": "TCP sockets"}.get(leg, leg.capitalize())
 
 
 class HierarchicalGroup:
@@ -194,9 +149,11 @@ class HierarchicalGroup:
         self.name, self.leg_name, self.why = name, leg.name, why
         self._local, self._leg, self._layout = local, leg, layout
         self._failure: CollectiveError | None = None
+        self._farewell: dict[str, Any] = {}  # what the others are told about it
         self._closed = False
         self._sequence = 0
         self._messages = Messages(local, leg, layout, wire_of(wire), independent)
+        self._quick: dict[tuple[int, int, float, float], Quick] = {}
         self.timeout_s = timeout_s
 
     @property
@@ -238,7 +195,24 @@ class HierarchicalGroup:
         postscale: float = 1.0,
     ) -> None:
         """See Group."""
-        _check_fold(dtype, op, prescale, postscale)
+        kind = (dtype, op, prescale, postscale)
+        quick = self._quick.get(kind)
+        if quick is not None and 0 < count <= quick[0]:
+            self._sequence += 1
+            try:
+                quick[1](self._sequence, source, target, count)
+            except BaseException as error:
+                call = _Call(self, "allreduce", dtype, op, 0, count)
+                call.failed(error)
+                raise
+            return
+        _check_fold(*kind)
+        if count and kind not in self._quick and not self._over():
+            if len(self._quick) >= _KINDS:
+                self._quick.clear()
+            self._quick[kind] = found = self._messages.quick(*kind) or (0, _nothing)
+            if count <= found[0]:
+                return self.allreduce(source, target, count, *kind)
         with _Call(self, "allreduce", dtype, op, 0, count) as header:
             if count:
                 self._messages.allreduce(header, source, target, count, dtype, op, prescale, postscale)
@@ -400,13 +374,13 @@ class HierarchicalGroup:
 
     def statistics(self) -> dict[str, Any]:
         """Those of the group inside the host, and ``between``: of what crossed."""
-        crossing = self._messages.crossing
+        sent_bytes, messages = self._messages.crossing.counted()
         between = {
             "leg": self.leg_name,
             "why": self.why,
-            "calls": dict(self._messages.calls),
-            "sent_bytes": crossing.sent_bytes,
-            "messages": crossing.messages,
+            "calls": self._messages.counted(),
+            "sent_bytes": sent_bytes,
+            "messages": messages,
             "chunk_bytes": self._messages.chunk_bytes,
         }
         return {**self._local.statistics(), "between": between}
@@ -424,8 +398,10 @@ class HierarchicalGroup:
         """See Group."""
         if not self._closed:
             self._closed = True
+            self._quick = {}
             if self._failure is None:
-                self._messages.crossing.give_up(self._notice("left", self.rank, "closed its end of the group"))
+                notice = self._notice("left", self.rank, "closed its end of the group")
+                self._messages.crossing.give_up(notice, orderly=True)
             self._local.close()
 
     def __repr__(self) -> str:
@@ -442,9 +418,12 @@ class HierarchicalGroup:
         if not 0 <= root < self.size:
             raise ValueError(f"root is {root}; expected a rank of the group, 0 to {self.size - 1}")
 
+    def _over(self) -> bool:
+        return self._closed or self._failure is not None
+
     def _enter(self) -> None:
         """Before a call."""
-        if self._closed or self._failure is not None:
+        if self._over():
             text = "the group was closed" if self._failure is None else f"the group has failed: {self._failure}"
             before = self._failure
             raise CollectiveError(
@@ -475,6 +454,9 @@ class HierarchicalGroup:
 
     def _failed(self, error: BaseException, operation: str, header: bytes) -> CollectiveError | None:
         """Ends the group over ``error``; what to raise in its place, None for itself."""
+        if self._failure is not None:  # abort() of another thread; this one may end the process before it has told
+            self._messages.crossing.give_up(self._farewell)
+            return self._failure
         found: CollectiveError | None = None
         text = ""
         if isinstance(error, LegError):
@@ -521,9 +503,11 @@ class HierarchicalGroup:
 
     def _end(self, error: CollectiveError, text: str) -> None:
         """Tells the ranks of this host and this rank's column; the first one to know names the culprit."""
+        self._farewell = {"reason": error.reason, "rank": error.rank, "host": error.host, "text": text}
         self._failure = error
+        self._quick = {}
         self._local.abort(f"culprit: rank {error.rank} on {error.host}; {error.reason}: {text}")
-        self._messages.crossing.give_up({"reason": error.reason, "rank": error.rank, "host": error.host, "text": text})
+        self._messages.crossing.give_up(self._farewell)
 
 
 class _Call:
@@ -536,10 +520,18 @@ class _Call:
 
     def __enter__(self) -> bytes:
         self._group._enter()
+        return self._say()
+
+    def _say(self) -> bytes:
         dtype, op, root, count = self._fields
         number = _NAMES.index(self._operation)
         self._header = HEADER.pack(self._group.sequence, number, dtype, op, root, count, 0)
         return self._header
+
+    def failed(self, error: BaseException) -> None:
+        """What leaving it over ``error`` does, for a call that was not entered but counted."""
+        self._say()
+        self.__exit__(type(error), error, None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -548,6 +540,10 @@ class _Call:
             found = self._group._failed(error, self._operation, self._header)
             if found is not None:
                 raise found from error
+
+
+def _nothing(sequence: int, source: int, target: int, count: int) -> None:
+    """The short way of those that have none."""
 
 
 def _called(header: tuple[int, ...]) -> str:

@@ -61,6 +61,9 @@ class GlooLeg:
         except RuntimeError as error:
             raise LegError(-1, "system", f"Gloo could not connect the hosts: {_plain(error)}") from error
 
+    def connect(self, peers: Sequence[int]) -> None:
+        """All members are connected."""
+
     def isend(self, peer: int, address: int, nbytes: int, lane: int) -> Any:
         return self._begin(True, peer, address, nbytes, lane)
 

@@ -52,6 +52,9 @@ class MpiLeg:
         self._watched: list[Any] = []
         self._receives: dict[int, Any] = {}
 
+    def connect(self, peers: Sequence[int]) -> None:
+        """All members are connected."""
+
     def isend(self, peer: int, address: int, nbytes: int, lane: int) -> Any:
         try:
             return self._comm.Isend([self._buffer(address, nbytes), self._byte], peer, lane), peer

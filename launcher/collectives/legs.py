@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from launcher.collectives.group import Store
+    from launcher.collectives.place import Place
 
-LEGS = ("auto", "mpi", "gloo")
+LEGS = ("auto", "sockets", "mpi", "gloo")
+_FABRICS = "/sys/class/infiniband"  # InfiniBand, RoCE, EFA: what MPI drives and sockets do not
 # Variables by which the daemon of an MPI tells a process the number of ranks.
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
 
@@ -24,7 +26,8 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
 class LegError(Exception):
     """A message between hosts could not be carried.
 
-    ``kind``: as of CollectiveError (``lost``, ``timeout``, ``system``), ``notice`` when the peer has said why.
+    ``kind``: as of CollectiveError (``lost``, ``left``, ``timeout``, ``mismatch``, ``closed``, ``system``), ``notice``
+    when the peer has said why.
     """
 
     def __init__(self, peer: int, kind: str, text: str) -> None:
@@ -40,12 +43,16 @@ class Leg(Protocol):
     blocks.
 
     Attributes:
+        name: one of LEGS.
         message_bytes: the size of message that long transfers are best cut into.
     """
 
     name: str
     timeout_s: float
     message_bytes: int
+
+    def connect(self, peers: Sequence[int]) -> None:
+        """Before ranks outside this rank's column are sent to; all of ``peers`` do the same. May block."""
 
     def isend(self, peer: int, address: int, nbytes: int, lane: int) -> Any:
         """Begins to send; the memory must not change until :meth:`wait`."""
@@ -96,10 +103,20 @@ def gloo_lacking() -> str:
     return "" if importlib.util.find_spec("torch") is not None else "torch is not installed"
 
 
+def fabric_lacking(folder: str = _FABRICS) -> str:
+    """Why this host has no network that MPI drives past the kernel, "" when it has one."""
+    try:
+        return "" if os.listdir(folder) else f"no device in {folder}"
+    except OSError:
+        return f"no {folder}"
+
+
 def agree(
     name: str, rank: int, names: Sequence[str], store: Store, asked: Mapping[str, Any], prefix: str
 ) -> tuple[str, str]:
     """The leg that all members can take, and why it is this one; the same answer on all of them.
+
+    ``auto``: MPI where the job runs under it and all members have a fabric, else sockets.
 
     Args:
         names: who each member is, for messages ("rank 3 on algo-2").
@@ -112,7 +129,12 @@ def agree(
     """
     mine = {
         "asked": dict(asked),
-        "lacking": {"mpi": mpi_lacking(os.environ), "gloo": gloo_lacking()},
+        "lacking": {
+            "mpi": mpi_lacking(os.environ),
+            "gloo": gloo_lacking(),
+            "fabric": fabric_lacking(),
+            "sockets": "",
+        },
     }
     store.set(f"{prefix}/leg/{rank}", json.dumps(mine).encode())
     told = []
@@ -148,12 +170,63 @@ def agree(
             raise UsageError(f"group {name!r}: the leg between hosts is to be {wanted}, but {missing}")
         return wanted, "asked for"
     no_mpi = lacking("mpi")
+    no_fabric = lacking("fabric")
+    if no_mpi or no_fabric:
+        return "sockets", (no_mpi and f"no MPI: {no_mpi}") or f"MPI would use TCP, too: {no_fabric}"
+    return "mpi", "the job runs under MPI, and all hosts have a fabric"
+
+
+_store: tuple[Any, Any] = (None, None)
+
+
+def job_store(place: Place, timeout_s: float) -> Store:
+    """A store that all ranks of the launcher's job reach: MPI's world where the job runs under MPI, else torch's.
+
+    torch's is served by rank 0 at MASTER_ADDR, MASTER_PORT, together with the one that init_process_group makes.
+
+    Raises:
+        UsageError: neither is there. CollectiveError: rank 0 did not come.
+    """
+    global _store
+    key = (os.getpid(), place.attempt)
+    if _store[0] != key:
+        _store = key, _make_store(place, timeout_s)
+    store: Store = _store[1]
+    return store
+
+
+def _make_store(place: Place, timeout_s: float) -> Any:
+    no_mpi, no_torch = mpi_lacking(os.environ), gloo_lacking()
     if not no_mpi:
-        return "mpi", "the job runs under MPI"
-    no_gloo = lacking("gloo")
-    if no_gloo:
+        from launcher.collectives.leg_mpi import MpiStore
+
+        return MpiStore(timeout_s)
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if no_torch or not address or not port.isdecimal():
+        reason = no_torch or "MASTER_ADDR and MASTER_PORT are not set"
         raise UsageError(
-            f"group {name!r} is on several hosts and no engine leads from one to the other: MPI ({no_mpi}), Gloo "
-            f"({no_gloo}); install torch, or mpi4py and start the job with --engine mpi"
+            f"the members are on several hosts and nothing leads from one to the other: no MPI ({no_mpi}), no store of "
+            f"torch ({reason}); install torch, or mpi4py and start the job with --engine mpi"
         )
-    return "gloo", f"no MPI: {no_mpi}"
+    from datetime import timedelta
+
+    from torch import distributed as dist
+
+    try:
+        return dist.TCPStore(
+            address,
+            int(port),
+            place.world_size,
+            place.rank == 0,
+            timeout=timedelta(seconds=min(timeout_s, 1e9)),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        raise CollectiveError(
+            f"join: rank 0 serves no store at {address}:{port}: {error}; it has to join a group on several hosts, or "
+            "call init_process_group, too",
+            "timeout",
+            rank=0,
+            operation="join",
+        ) from error

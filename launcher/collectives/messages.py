@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
+import sys
 from itertools import pairwise
 
 from launcher.collectives.crossing import DATA, ROWS, Crossing, Direct, Fold, Layout, Owners, Rounded, split, starts
 from launcher.collectives.elements import FLOATING, SIZES, DType, ReduceOp
+from launcher.collectives.ordered import Ordered
 from launcher.collectives.wire import ErrorFeedback, applies
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from types import TracebackType
     from typing import Any
 
     from launcher._native import LocalGroup
     from launcher.collectives.legs import Leg
+
+    # Up to how many elements, and what is called with the call's number, source, target and count.
+    Quick = tuple[int, Callable[[int, int, int, int], None]]
 
 SMALL_BYTES = 64 * 1024
 """Up to so many bytes a message goes over the leaders."""
@@ -109,6 +113,15 @@ def ranges(count: int, most: int, unit: int) -> Iterator[tuple[int, int]]:
         yield start, min(each, count - start)
 
 
+def _crossing(local: LocalGroup, leg: Leg, layout: Layout, mail_bytes: int) -> Crossing:
+    if leg.name != "sockets":
+        return Crossing(local, leg, layout, mail_bytes)
+    from launcher.collectives.leg_sockets import SocketsCrossing, SocketsLeg
+
+    assert isinstance(leg, SocketsLeg)
+    return SocketsCrossing(local, leg, layout, mail_bytes)
+
+
 class Messages:
     """What each operation sends. Callers hold the arguments to be right, and know what to do with errors.
 
@@ -121,7 +134,7 @@ class Messages:
         self._wire, self._errors = wire, ErrorFeedback()
         hosts = len(layout.hosts)
         mail = min(SMALL_BYTES, _ALL_MAIL_BYTES // (2 * (hosts - 1)))
-        self.crossing = Crossing(local, leg, layout, mail)
+        self.crossing = _crossing(local, leg, layout, mail)
         most = min(leg.message_bytes, _MOST_BYTES)
         self.chunk_bytes = max(min(most, _LEAST_BYTES), most // layout.columns)
         self._scratch = local.allocate(mail)
@@ -189,6 +202,37 @@ class Messages:
 
         self._pipeline(header, len(plan), post_chunk, begin, middle if isinstance(exchange, Owners) else None, end)
 
+    def quick(self, dtype: int, op: int, pre: float, post: float) -> Quick | None:
+        """The short way of allreduces of this kind, where the leg has one."""
+        native = getattr(self.leg, "native", None)
+        if native is None or self.independent:
+            return None
+        from launcher._native import CrossingPlan
+
+        layout = self.layout
+        stages = Stages(self, 0, dtype, op, pre, post)
+        own = (pre, stages.early) if self._alone else (1.0, 1.0)  # else it is scaled inside the host
+        plan = CrossingPlan(dtype, op, stages.inner, *own, stages.fold.scale, stages.fold.divisor)
+        long = layout.most == 1 and not applies(self._wire, dtype, op)
+        most = sys.maxsize if long else self.small_bytes // stages.item
+        if self._alone:
+            return most, functools.partial(native.allreduce, plan)
+        local, scratch, inner, early = self.local, self._scratch, stages.inner, stages.early
+        across = native.allreduce if self._leader else None
+
+        def through_leader(sequence: int, source: int, target: int, count: int) -> None:
+            local.reduce(source, scratch, count, dtype, 0, inner, pre, early)
+            if across is not None:
+                across(plan, sequence, scratch, target, count)
+            local.broadcast(target, count, dtype, 0)
+
+        return most, through_leader
+
+    def counted(self) -> dict[str, int]:
+        """Calls by the way they went."""
+        short, chunked = getattr(self.leg, "calls", (0, 0))
+        return {"small": self.calls["small"] + short, "chunked": self.calls["chunked"] + chunked}
+
     def _exchange(
         self, stages: Stages, count: int, tensor: tuple[int, ...], op: int
     ) -> Direct | Owners | Rounded | None:
@@ -231,7 +275,8 @@ class Messages:
         if layout.host in homes:
             bases = {layout.host: own}
             for host, peer in layout.peers:
-                bases[host] = crossing.take(header, peer)
+                theirs = len(layout.hosts[host]) if self.independent else 1
+                bases[host] = crossing.take(header, peer, theirs * count * stages.item)
             stages.fold.into(target, layout.sources(bases, count * stages.item, self.independent), count)
             for _, peer in layout.peers:
                 crossing.free(peer)
@@ -371,7 +416,7 @@ class Messages:
             mine = target + begins[layout.host] * item
             crossing.mail(header, mine, nbytes[layout.host], [peer for _, peer in layout.peers])
             for host, peer in layout.peers:
-                copy_bytes(target + begins[host] * item, crossing.take(header, peer), nbytes[host])
+                copy_bytes(target + begins[host] * item, crossing.take(header, peer, nbytes[host]), nbytes[host])
                 crossing.free(peer)
             crossing.sent()
         if not self._alone:
@@ -437,7 +482,7 @@ class Messages:
             crossing.sent()
         else:
             peer = layout.hosts[home][0]
-            copy_bytes(pointer, crossing.take(header, peer), nbytes)
+            copy_bytes(pointer, crossing.take(header, peer, nbytes), nbytes)
             crossing.free(peer)
 
     def rows(
@@ -454,6 +499,7 @@ class Messages:
         self.crossing.announce(header)
         to, came = starts(send_counts), starts(receive_counts)
         outside = [peer for peer in layout.order if peer not in layout.here]
+        self.leg.connect(outside)
         handles = [
             self.leg.irecv(peer, target + came[peer] * item + at, nbytes, ROWS)
             for peer in outside
@@ -506,47 +552,6 @@ class Messages:
                 end(index - _LAG)
                 if index - _LAG + _AHEAD < chunks:
                     post(index - _LAG + _AHEAD)
-
-
-class Ordered:
-    """Parts of a message, those of ``members`` in this order, as one piece of memory: the message's own where they are
-    one piece there. ``read``: they are put together; ``write``: they are put back when all went well."""
-
-    def __init__(
-        self,
-        members: Sequence[int],
-        base: int,
-        begins: Sequence[int],
-        item: int,
-        read: bool = False,
-        write: bool = False,
-    ) -> None:
-        self._parts = [(base + begins[one] * item, (begins[one + 1] - begins[one]) * item) for one in members]
-        self._read, self._write = read, write
-        follow = all(left + 1 == right for left, right in pairwise(members))
-        self._room = None if follow else (ctypes.c_char * max(1, sum(nbytes for _, nbytes in self._parts)))()
-
-    def _copy(self, back: bool) -> None:
-        from launcher._native import copy_bytes
-
-        assert self._room is not None
-        at = ctypes.addressof(self._room)
-        for address, nbytes in self._parts:
-            copy_bytes(*((address, at) if back else (at, address)), nbytes)
-            at += nbytes
-
-    def __enter__(self) -> int:
-        if self._room is None:
-            return self._parts[0][0]
-        if self._read:
-            self._copy(back=False)
-        return ctypes.addressof(self._room)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._room is not None and self._write and kind is None:
-            self._copy(back=True)
 
 
 def common(one: tuple[int, int], other: tuple[int, int]) -> int:

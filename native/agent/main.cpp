@@ -123,11 +123,8 @@ void request(int fd, int argc, char** argv, char** environment) {
   ::_exit(code);
 }
 
-[[noreturn]] void serve(int fd, int signal_fd) {
-  int parent_fd = -1;
-#ifdef SYS_pidfd_open
-  parent_fd = static_cast<int>(::syscall(SYS_pidfd_open, ::getppid(), 0));
-#endif
+// `parent_fd`: a pidfd, or -1 where the kernel has none.
+[[noreturn]] void serve(int fd, int signal_fd, int parent_fd) {
   FrameReader frames;
   for (;;) {
     std::array<pollfd, 3> waits{{{fd, POLLIN, 0}, {signal_fd, POLLIN, 0}, {parent_fd, POLLIN, 0}}};
@@ -173,9 +170,14 @@ int main(int argc, char** argv, char** environment) {
   try {
     const int signal_fd = ::signalfd(-1, &forwarded, SFD_CLOEXEC);
     if (signal_fd < 0) throw_errno("signalfd");
+    int parent_fd = -1;
+#ifdef SYS_pidfd_open
+    // Before the request: whoever has seen that may let the parent end.
+    parent_fd = static_cast<int>(::syscall(SYS_pidfd_open, ::getppid(), 0));
+#endif
     const int fd = connect_to(path);
     request(fd, argc, argv, environment);
-    serve(fd, signal_fd);
+    serve(fd, signal_fd, parent_fd);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "[launcher] agent: %s: %s\n", path, error.what());
     return kFailed;

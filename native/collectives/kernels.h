@@ -34,7 +34,7 @@ using ReduceFunction = void (*)(void* const* targets, std::size_t target_count, 
 // of `sum`: the caller gives the scale or divisor in Finish.
 ReduceFunction reduce_function(DType dtype, ReduceOp op, Isa isa) noexcept;
 
-// Copies what another core has just written: several places at a time.
+// Copies what another core has just written: several places at a time. `bytes` may be 0, the addresses not null.
 void copy_fresh(void* target, const void* source, std::size_t bytes, Isa isa) noexcept;
 
 // What goes over the wire between hosts in 16 bits. wire: bfloat16 or float16, rounded to nearest even. With `error`

@@ -1,6 +1,8 @@
 // How the processes of a group find each other and come to share one segment: over a UNIX socket in a folder that only
 // this user may enter. The first rank listens, the others come; when all are there each gets the segment, the processes
 // of the others and a mailbox for descriptors of memory that is registered later. The socket's name is then removed.
+// Only when all have taken what they got is the group made: what fails until then fails on all ranks, with the same
+// reason.
 #ifndef LAUNCHER_COLLECTIVES_MEETING_H
 #define LAUNCHER_COLLECTIVES_MEETING_H
 

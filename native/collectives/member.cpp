@@ -321,13 +321,7 @@ std::string Member::title() const {
 }
 
 void Member::end_group(Failure failure, int culprit, const std::string& what) noexcept {
-  Header& header = segment_->header();
-  std::uint32_t open = 0;
-  if (header.ended.compare_exchange_strong(open, 1, std::memory_order_acq_rel)) {
-    header.failure = static_cast<std::uint32_t>(failure);
-    header.culprit = culprit;
-    std::memcpy(header.reason, what.data(), std::min(what.size(), sizeof header.reason - 1));
-    header.ended.store(2, std::memory_order_release);
+  if (segment_->end(failure, culprit, what)) {
     wake_everyone();
   }
 }

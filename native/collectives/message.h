@@ -13,18 +13,39 @@
 
 namespace launcher::collectives {
 
+// Throws std::invalid_argument: no memory holds that much.
+[[noreturn]] void throw_too_long(std::size_t element);
+
+inline std::size_t checked_sum(std::size_t sum, std::size_t count, std::size_t element) {
+  if (__builtin_add_overflow(sum, count, &sum)) {
+    throw_too_long(element);
+  }
+  return sum;
+}
+
+// Bytes of `count` elements; an object has at most PTRDIFF_MAX.
+inline std::size_t checked_bytes(std::size_t count, std::size_t element) {
+  std::ptrdiff_t bytes = 0;
+  if (__builtin_mul_overflow(count, element, &bytes)) {
+    throw_too_long(element);
+  }
+  return static_cast<std::size_t>(bytes);
+}
+
+// Throws std::invalid_argument where the pieces are longer than any memory.
 class Message {
  public:
   Message(std::span<const Piece> pieces, std::size_t element) : pieces_(pieces), element_(element) {
     if (pieces.size() > 1) {
       ends_.reserve(pieces.size());
       for (const Piece& piece : pieces) {
-        count_ += piece.count;
+        count_ = checked_sum(count_, piece.count, element);
         ends_.push_back(count_);
       }
     } else if (!pieces.empty()) {
       count_ = pieces[0].count;
     }
+    checked_bytes(count_, element);
   }
 
   std::size_t count() const noexcept { return count_; }

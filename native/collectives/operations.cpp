@@ -1,5 +1,6 @@
 // The operations beside allreduce.
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <stdexcept>
 
@@ -16,15 +17,17 @@ std::uint64_t digest(std::span<const std::size_t> counts) noexcept {
   }
   return hash;
 }
-std::size_t check_counts(std::span<const std::size_t> counts, std::size_t size, const char* what) {
+
+std::size_t check_counts(std::span<const std::size_t> counts, std::size_t size, std::size_t element, const char* what) {
   if (counts.size() != size) {
     throw std::invalid_argument(std::string(what) + ": " + std::to_string(counts.size()) + " counts for " +
                                 std::to_string(size) + " ranks; expected one for each");
   }
   std::size_t total = 0;
   for (const std::size_t count : counts) {
-    total += count;
+    total = checked_sum(total, count, element);
   }
+  checked_bytes(total, element);
   return total;
 }
 
@@ -47,11 +50,17 @@ std::size_t in_block(std::size_t count, std::size_t block, std::size_t length) n
 
 }  // namespace
 
+void throw_too_long(std::size_t element) {
+  throw std::invalid_argument("the counts make a message of more than " + std::to_string(PTRDIFF_MAX) +
+                              " bytes; expected what memory can hold, in elements of " + std::to_string(element) +
+                              " bytes");
+}
+
 void LocalGroup::reduce_scatter(const void* source, void* target, std::span<const std::size_t> counts, DType dtype,
                                 ReduceOp op, Scale scale) {
-  const std::size_t total = check_counts(counts, ranks(), "reduce_scatter");
-  const Fold fold = fold_of(dtype, op, scale, size());
   const std::size_t element = size_of(dtype);
+  const std::size_t total = check_counts(counts, ranks(), element, "reduce_scatter");
+  const Fold fold = fold_of(dtype, op, scale, size());
   const std::size_t own = counts[here()];
   const std::size_t own_begin = begin_of(counts, here());
   const Member::Turn turn(member_, Operation::reduce_scatter, total * element);
@@ -118,8 +127,8 @@ void LocalGroup::reduce_scatter(const void* source, void* target, std::span<cons
 }
 
 void LocalGroup::all_gather(const void* source, void* target, std::span<const std::size_t> counts, DType dtype) {
-  const std::size_t total = check_counts(counts, ranks(), "all_gather");
   const std::size_t element = size_of(dtype);
+  const std::size_t total = check_counts(counts, ranks(), element, "all_gather");
   const std::size_t own = counts[here()];
   const Member::Turn turn(member_, Operation::all_gather, total * element);
   registry_.serve();
@@ -175,8 +184,7 @@ void LocalGroup::all_gather(const void* source, void* target, std::span<const st
 
 void LocalGroup::broadcast(void* buffer, std::size_t elements, DType dtype, int root) {
   check_root(root, size());
-  const std::size_t element = size_of(dtype);
-  const std::size_t bytes = elements * element;
+  const std::size_t bytes = checked_bytes(elements, size_of(dtype));
   const Member::Turn turn(member_, Operation::broadcast, bytes);
   registry_.serve();
   Call call = describe(Operation::broadcast, dtype, elements);
@@ -221,7 +229,7 @@ void LocalGroup::reduce(const void* source, void* target, std::size_t elements, 
   check_root(root, size());
   const Fold fold = fold_of(dtype, op, scale, size());
   const std::size_t element = size_of(dtype);
-  const std::size_t bytes = elements * element;
+  const std::size_t bytes = checked_bytes(elements, element);
   const Member::Turn turn(member_, Operation::reduce, bytes);
   registry_.serve();
   Call call = describe(Operation::reduce, dtype, elements);
@@ -256,9 +264,9 @@ void LocalGroup::reduce(const void* source, void* target, std::size_t elements, 
 
 void LocalGroup::all_to_all(const void* source, void* target, std::span<const std::size_t> send_counts,
                             std::span<const std::size_t> receive_counts, DType dtype) {
-  const std::size_t sent = check_counts(send_counts, ranks(), "all_to_all (to send)");
-  check_counts(receive_counts, ranks(), "all_to_all (to receive)");
   const std::size_t element = size_of(dtype);
+  const std::size_t sent = check_counts(send_counts, ranks(), element, "all_to_all (to send)");
+  check_counts(receive_counts, ranks(), element, "all_to_all (to receive)");
   const Member::Turn turn(member_, Operation::all_to_all, sent * element);
   registry_.serve();
   Call call = describe(Operation::all_to_all, dtype, sent);

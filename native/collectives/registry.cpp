@@ -2,12 +2,15 @@
 
 #include <fcntl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+
+#include "message.h"
 
 namespace launcher::collectives {
 
@@ -26,7 +29,7 @@ void Registry::check_owner() {
 
 void* Registry::allocate(std::size_t bytes) {
   check_owner();
-  bytes = std::max<std::size_t>(bytes, 1);
+  bytes = checked_bytes(std::max<std::size_t>(bytes, 1), 1);
   Own entry;
   entry.memory = make_memory("launcher-buffer", bytes);
   entry.mapping = Mapping(entry.memory, bytes);
@@ -46,16 +49,28 @@ void Registry::add(void* address, std::size_t bytes, int descriptor) {
   if (address == nullptr || bytes == 0) {
     throw std::invalid_argument("memory to register is empty");
   }
+  std::uintptr_t end = 0;
+  if (__builtin_add_overflow(reinterpret_cast<std::uintptr_t>(address), checked_bytes(bytes, 1), &end)) {
+    throw std::invalid_argument("memory to register ends beyond the last address");
+  }
   Own entry;
   entry.address = reinterpret_cast<std::uintptr_t>(address);
   for (const Own& other : own_) {
-    if (entry.address < other.address + other.bytes && other.address < entry.address + bytes) {
+    if (entry.address < other.address + other.bytes && other.address < end) {
       throw std::invalid_argument("memory is registered already, wholly or in part");
     }
   }
   entry.memory = Descriptor(::fcntl(descriptor, F_DUPFD_CLOEXEC, 0));
   if (!entry.memory) {
     throw_system("dup of the descriptor of memory to register");
+  }
+  struct stat info;
+  if (::fstat(entry.memory.get(), &info) != 0) {
+    throw_system("fstat of memory to register");
+  }
+  if (static_cast<std::size_t>(info.st_size) < bytes) {  // the others could not map it
+    throw std::invalid_argument("memory to register: " + std::to_string(bytes) + " bytes, but its descriptor has " +
+                                std::to_string(info.st_size));
   }
   entry.bytes = bytes;
   entry.id = ++last_id_;

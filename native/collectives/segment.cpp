@@ -1,5 +1,7 @@
 #include "segment.h"
 
+#include <algorithm>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 
@@ -45,6 +47,19 @@ Segment::Segment(const Descriptor& memory, std::size_t bytes) : mapping_(memory,
   size_ = header().size;
   slot_bytes_ = header().slot_bytes;
   slots_ = slots_offset(size_);
+}
+
+bool Segment::end(Failure failure, int culprit, const std::string& reason) const noexcept {
+  Header& told = header();
+  std::uint32_t open = 0;
+  if (!told.ended.compare_exchange_strong(open, 1, std::memory_order_acq_rel)) {
+    return false;
+  }
+  told.failure = static_cast<std::uint32_t>(failure);
+  told.culprit = culprit;
+  std::memcpy(told.reason, reason.data(), std::min(reason.size(), sizeof told.reason - 1));
+  told.ended.store(2, std::memory_order_release);
+  return true;
 }
 
 std::uint64_t* Segment::counts(int rank, std::size_t parity) const noexcept {

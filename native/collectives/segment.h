@@ -14,7 +14,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 
+#include "launcher/collectives.h"
 #include "system.h"
 
 namespace launcher::collectives {
@@ -100,6 +102,8 @@ class Segment {
 
   Header& header() const noexcept { return *reinterpret_cast<Header*>(mapping_.address()); }
   int size() const noexcept { return static_cast<int>(size_); }
+  // Ends the group; false: another rank has done so first. Who sleeps is not woken.
+  bool end(Failure failure, int culprit, const std::string& reason) const noexcept;
   std::size_t slot_bytes() const noexcept { return slot_bytes_; }
   Place& place(int rank) const noexcept {
     return *reinterpret_cast<Place*>(mapping_.address() + sizeof(Header) +

@@ -29,7 +29,7 @@ struct Stat {
   std::uint64_t started = 0;  // clock ticks since boot
 };
 
-// Fields 3 and 22 of /proc/PID/stat (proc(5)); false: no such process.
+// Fields 3 and 22 of /proc/PID/stat (proc(5)); false, with errno ENOENT or ESRCH: no such process.
 bool read_stat(pid_t pid, Stat& out) noexcept {
   std::array<char, 64> path;
   static_cast<void>(std::snprintf(path.data(), path.size(), "/proc/%d/stat", static_cast<int>(pid)));
@@ -40,11 +40,13 @@ bool read_stat(pid_t pid, Stat& out) noexcept {
   std::array<char, 1024> text;
   const ssize_t count = ::read(file.get(), text.data(), text.size() - 1);
   if (count <= 0) {
+    errno = count == 0 ? ESRCH : errno;
     return false;
   }
   text[static_cast<std::size_t>(count)] = '\0';
   const char* at = std::strrchr(text.data(), ')');  // the name before it may hold anything
   if (at == nullptr || at[1] != ' ') {
+    errno = EPROTO;
     return false;
   }
   at += 2;
@@ -124,6 +126,9 @@ Process::Process(pid_t pid) : pid_(pid) {
   }
 #ifdef SYS_pidfd_open
   handle_ = Descriptor(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+  if (!handle_ && (errno == EMFILE || errno == ENFILE)) {  // then /proc could not be asked either
+    throw_system("handle of process " + std::to_string(pid));
+  }
 #endif
 }
 
@@ -136,7 +141,10 @@ bool Process::alive() const noexcept {
     return ::poll(&ended, 1, 0) != 1;
   }
   Stat stat;
-  return read_stat(pid_, stat) && stat.started == started_ && stat.state != 'Z' && stat.state != 'X';
+  if (!read_stat(pid_, stat)) {
+    return errno != ENOENT && errno != ESRCH;  // no descriptor is left to look with, say: nothing is known then
+  }
+  return stat.started == started_ && stat.state != 'Z' && stat.state != 'X';
 }
 
 bool Process::stopped() const noexcept {

@@ -33,6 +33,7 @@ using collectives::GroupError;
 using collectives::ReduceOp;
 using Address = std::uintptr_t;
 using Counts = std::vector<std::size_t>;
+using Sequence = nb::typed<nb::sequence, int>;
 
 // As launcher.errors.CollectiveError documents them.
 const char* name_of(Failure failure) noexcept {
@@ -134,6 +135,28 @@ ReduceOp to_operation(int number) {
   return static_cast<ReduceOp>(number);
 }
 
+std::size_t to_count(nb::handle number, const char* what) {
+  const Py_ssize_t count = PyNumber_AsSsize_t(number.ptr(), nullptr);  // what does not fit becomes the last that does
+  if (count == -1 && PyErr_Occurred() != nullptr) {
+    throw nb::python_error();
+  }
+  constexpr Py_ssize_t most = std::numeric_limits<Py_ssize_t>::max();
+  if (count < 0 || count == most) {
+    throw std::invalid_argument(std::string(what) + " is " + (count < 0 ? "negative" : "too large") +
+                                "; expected a number from 0 to " + std::to_string(most - 1));
+  }
+  return static_cast<std::size_t>(count);
+}
+
+Counts to_counts(const nb::sequence& numbers, const char* what) {
+  Counts out;
+  out.reserve(nb::len(numbers));
+  for (const nb::handle number : numbers) {
+    out.push_back(to_count(number, what));
+  }
+  return out;
+}
+
 void* to_pointer(Address address) noexcept { return reinterpret_cast<void*>(address); }
 
 // Runs `work` without the GIL; its errors become Python's.
@@ -225,16 +248,17 @@ class LocalGroup {
   std::unique_ptr<Group> group_;
 };
 
-void allreduce(LocalGroup& self, Address source, Address target, std::size_t count, int dtype, int op, double prescale,
+void allreduce(LocalGroup& self, Address source, Address target, nb::handle count, int dtype, int op, double prescale,
                double postscale) {
-  const collectives::Piece piece{to_pointer(source), to_pointer(target), count};
+  const collectives::Piece piece{to_pointer(source), to_pointer(target), to_count(count, "count")};
   const DType type = to_dtype(dtype);
   const ReduceOp operation = to_operation(op);
   self.call([&] { self.group().allreduce(std::span(&piece, 1), type, operation, {prescale, postscale}); });
 }
 
 void allreduce_coalesced(LocalGroup& self, const std::vector<Address>& sources, const std::vector<Address>& targets,
-                         const Counts& counts, int dtype, int op, double prescale, double postscale) {
+                         const Sequence& lengths, int dtype, int op, double prescale, double postscale) {
+  const Counts counts = to_counts(lengths, "a number in counts");
   if (sources.size() != targets.size() || sources.size() != counts.size()) {
     throw std::invalid_argument("allreduce_coalesced got " + std::to_string(sources.size()) + " sources, " +
                                 std::to_string(targets.size()) + " targets and " + std::to_string(counts.size()) +
@@ -250,8 +274,9 @@ void allreduce_coalesced(LocalGroup& self, const std::vector<Address>& sources, 
   self.call([&] { self.group().allreduce(pieces, type, operation, {prescale, postscale}); });
 }
 
-void reduce_scatter(LocalGroup& self, Address source, Address target, const Counts& counts, int dtype, int op,
+void reduce_scatter(LocalGroup& self, Address source, Address target, const Sequence& shares, int dtype, int op,
                     double prescale, double postscale) {
+  const Counts counts = to_counts(shares, "a number in counts");
   const DType type = to_dtype(dtype);
   const ReduceOp operation = to_operation(op);
   self.call([&] {
@@ -259,30 +284,34 @@ void reduce_scatter(LocalGroup& self, Address source, Address target, const Coun
   });
 }
 
-void all_gather(LocalGroup& self, Address source, Address target, const Counts& counts, int dtype) {
+void all_gather(LocalGroup& self, Address source, Address target, const Sequence& shares, int dtype) {
+  const Counts counts = to_counts(shares, "a number in counts");
   const DType type = to_dtype(dtype);
   self.call([&] { self.group().all_gather(to_pointer(source), to_pointer(target), counts, type); });
 }
 
-void broadcast(LocalGroup& self, Address pointer, std::size_t count, int dtype, int root) {
+void broadcast(LocalGroup& self, Address pointer, nb::handle count, int dtype, int root) {
+  const std::size_t elements = to_count(count, "count");
   const DType type = to_dtype(dtype);
-  self.call([&] { self.group().broadcast(to_pointer(pointer), count, type, root); });
+  self.call([&] { self.group().broadcast(to_pointer(pointer), elements, type, root); });
 }
 
-void reduce(LocalGroup& self, Address source, Address target, std::size_t count, int dtype, int root, int op,
+void reduce(LocalGroup& self, Address source, Address target, nb::handle count, int dtype, int root, int op,
             double prescale, double postscale) {
+  const std::size_t elements = to_count(count, "count");
   const DType type = to_dtype(dtype);
   const ReduceOp operation = to_operation(op);
   self.call([&] {
-    self.group().reduce(to_pointer(source), to_pointer(target), count, type, operation, root, {prescale, postscale});
+    self.group().reduce(to_pointer(source), to_pointer(target), elements, type, operation, root, {prescale, postscale});
   });
 }
 
-void all_to_all(LocalGroup& self, Address source, Address target, const Counts& send_counts,
-                const Counts& receive_counts, int dtype) {
+void all_to_all(LocalGroup& self, Address source, Address target, const Sequence& send_counts,
+                const Sequence& receive_counts, int dtype) {
+  const Counts sent = to_counts(send_counts, "a number in send_counts");
+  const Counts received = to_counts(receive_counts, "a number in receive_counts");
   const DType type = to_dtype(dtype);
-  self.call(
-      [&] { self.group().all_to_all(to_pointer(source), to_pointer(target), send_counts, receive_counts, type); });
+  self.call([&] { self.group().all_to_all(to_pointer(source), to_pointer(target), sent, received, type); });
 }
 
 constexpr std::pair<const char*, collectives::Path> kPaths[] = {
@@ -361,8 +390,9 @@ void bind_collectives(nb::module_& module) {
       .def("barrier", [](LocalGroup& self) { self.call([&self] { self.group().barrier(); }); })
       .def(
           "allocate",
-          [](LocalGroup& self, std::size_t nbytes) {
-            return self.call([&] { return reinterpret_cast<Address>(self.group().allocate(nbytes)); });
+          [](LocalGroup& self, nb::handle nbytes) {
+            const std::size_t bytes = to_count(nbytes, "nbytes");
+            return self.call([&] { return reinterpret_cast<Address>(self.group().allocate(bytes)); });
           },
           arg("nbytes"))
       .def(
@@ -371,8 +401,9 @@ void bind_collectives(nb::module_& module) {
           arg("address"))
       .def(
           "register",
-          [](LocalGroup& self, Address address, std::size_t nbytes, int fd) {
-            self.call([&] { self.group().register_memory(to_pointer(address), nbytes, fd); });
+          [](LocalGroup& self, Address address, nb::handle nbytes, int fd) {
+            const std::size_t bytes = to_count(nbytes, "nbytes");
+            self.call([&] { self.group().register_memory(to_pointer(address), bytes, fd); });
           },
           arg("address"), arg("nbytes"), arg("fd"))
       .def(

@@ -7,4 +7,5 @@ NB_MODULE(_native, module) {
   launcher::python::bind_cuda(module);
   launcher::python::bind_collectives(module);
   launcher::python::bind_kernels(module);
+  launcher::python::bind_sockets(module);
 }

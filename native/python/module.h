@@ -13,6 +13,7 @@ void bind_process(nb::module_& module);
 void bind_cuda(nb::module_& module);
 void bind_collectives(nb::module_& module);
 void bind_kernels(nb::module_& module);
+void bind_sockets(nb::module_& module);
 
 }  // namespace launcher::python
 

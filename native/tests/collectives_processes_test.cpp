@@ -16,7 +16,9 @@
 #include <vector>
 
 #include "check.h"
+#include "collectives_matrix.h"
 #include "collectives_steps.h"
+#include "long_memory.h"
 
 using namespace launcher::collectives;
 
@@ -158,6 +160,49 @@ void programs() {
     });
   }
 }
+
+// Reading a peer's memory is a path that only processes have.
+void every_combination_pulled() {
+  std::size_t calls = 0;
+  for (int size = 1; size <= matrix::kMostRanks; ++size) {
+    const std::vector<steps::Step> program = matrix::program(size, true);
+    calls += program.size();
+    const matrix::Table table(size, program);
+    expect_all_good(size, [&](int rank, Board& board) {
+      Options options = options_for(rank, size);
+      options.slot_bytes = matrix::kSlotBytes;
+      const std::unique_ptr<Group> group = Group::join(options);
+      if (size > 1 && !group->statistics().can_pull) {
+        std::printf("skip every_combination_pulled, rank %d of %d: the kernel refuses process_vm_readv\n", rank, size);
+        return;
+      }
+      steps::Runner runner(*group, board.entered, steps::capacity_of(program), table);
+      runner.run(program);
+      group->barrier();
+    });
+  }
+  std::printf("%zu calls\n", calls);
+}
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+void more_than_two_gigabytes_pulled() {
+  expect_all_good(2, [](int rank, Board&) {
+    Options options = options_for(rank, 2);
+    options.slot_bytes = 0;
+    const std::unique_ptr<Group> group = Group::join(options);
+    if (!group->statistics().can_pull) {
+      std::printf("skip more_than_two_gigabytes_pulled, rank %d: the kernel refuses process_vm_readv\n", rank);
+      return;
+    }
+    const LongMemory source;
+    const LongMemory target;
+    group->set_path(Path::pulled);
+    expect_long_sum<float>(*group, DType::float32, source, target);
+    CHECK(group->statistics().calls[static_cast<std::size_t>(Path::pulled)] == 1);
+    group->barrier();
+  });
+}
+#endif
 
 // Two groups of the same ranks in the other order, and one of some of them; used in turns.
 void several_groups() {
@@ -335,7 +380,7 @@ void leaves() {
 
 // Rank 1 dies somewhere in a stream of calls: between two of them (round 0), or at a random point of one.
 void killed() {
-  steps::Random random(9);
+  Random random(9);
   const std::size_t sizes[] = {1, 900, 5000, 200000};
   const Path paths[] = {Path::automatic, Path::pipelined, Path::shared, Path::pulled};
   for (std::size_t round = 0; round < 16 / kShare + 4; ++round) {
@@ -351,8 +396,7 @@ void killed() {
       std::thread killer;
       if (rank == 1 && round != 0) {
         killer = std::thread([&] {
-          while (!go) {
-          }
+          go.wait(false);
           for (std::size_t spin = 0; spin < spins; ++spin) {
             static_cast<void>(go.load());
           }
@@ -364,6 +408,7 @@ void killed() {
           group->allreduce({&piece, 1}, DType::float32, ReduceOp::maximum);
           if (rank == 1 && call == 20) {
             go = true;
+            go.notify_one();
             if (round == 0) {
               raise(SIGKILL);
             }
@@ -472,6 +517,10 @@ int main(int argc, char** argv) {
   }
   directory = folder;
   check::run("programs", programs);
+  check::run("every_combination_pulled", every_combination_pulled);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  check::run("more_than_two_gigabytes_pulled", more_than_two_gigabytes_pulled);
+#endif
   check::run("several_groups", several_groups);
   check::run("nothing_is_left_behind", nothing_is_left_behind);
   check::run("stopped_and_continued", stopped_and_continued);

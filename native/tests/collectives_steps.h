@@ -20,30 +20,11 @@
 #include "check.h"
 #include "kernels.h"
 #include "launcher/collectives.h"
+#include "seeded_random.h"
 
 namespace steps {
 
 using namespace launcher::collectives;
-
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15U) {}
-  std::uint64_t bits() {
-    std::uint64_t mixed = state_ += 0x9e3779b97f4a7c15U;
-    mixed = (mixed ^ mixed >> 30) * 0xbf58476d1ce4e5b9U;
-    mixed = (mixed ^ mixed >> 27) * 0x94d049bb133111ebU;
-    return mixed ^ mixed >> 31;
-  }
-  std::size_t below(std::size_t limit) { return static_cast<std::size_t>(bits() % limit); }
-  bool one_in(std::size_t number) { return below(number) == 0; }
-  template <typename Value, std::size_t kSize>
-  Value of(const Value (&values)[kSize]) {
-    return values[below(kSize)];
-  }
-
- private:
-  std::uint64_t state_;
-};
 
 // Where a rank's buffers lie. `mixed`: one way or the other, by rank, piece and side.
 enum class Placement : std::uint8_t { heap, allocated, file, mixed };
@@ -58,6 +39,9 @@ struct Step {
   bool in_place = false;
   int root = 0;
   bool scaled = false;
+  // Bytes from a buffer's line to its begin; -1: each buffer has its own, made of the seed.
+  int shift = -1;
+  Path taken = Path::automatic;  // the path that the call must have gone; automatic: any
   std::uint64_t seed = 0;
   // Of pieces, of ranks, or of pairs of ranks (sender first), as the operation has it.
   std::vector<std::size_t> counts;
@@ -65,8 +49,9 @@ struct Step {
   std::string text() const {
     std::string line = std::string(name(operation)) + " dtype " + std::to_string(static_cast<int>(dtype)) + " op " +
                        std::to_string(static_cast<int>(op)) + " path " + std::to_string(static_cast<int>(path)) +
-                       " placement " + std::to_string(static_cast<int>(placement)) + " root " + std::to_string(root) +
-                       (in_place ? " in place" : "") + (scaled ? " scaled" : "") + " counts";
+                       " placement " + std::to_string(static_cast<int>(placement)) + " shift " + std::to_string(shift) +
+                       " root " + std::to_string(root) + (in_place ? " in place" : "") + (scaled ? " scaled" : "") +
+                       " counts";
     for (const std::size_t count : counts) {
       line += ' ';
       line += std::to_string(count);
@@ -150,56 +135,67 @@ inline std::vector<Step> make_steps(const Plan& plan) {
   return program;
 }
 
-// What `rank` puts in. Floating point has exponents near zero, so that sums round but do not overflow.
-inline std::vector<char> input(const Step& step, int rank, std::size_t part, std::size_t count) {
-  static constexpr std::uint64_t kKeep[] = {0x83ffffff83ffffffU, 0x801fffffffffffffU, 0x87ff87ff87ff87ffU,
-                                            0x83ff83ff83ff83ffU};
-  static constexpr std::uint64_t kSet[] = {0x3c0000003c000000U, 0x3fc0000000000000U, 0x3000300030003000U,
-                                           0x3c003c003c003c00U};
-  const auto type = static_cast<std::size_t>(step.dtype);
-  std::uint64_t keep = type < 4 ? kKeep[type] : ~std::uint64_t{0};
-  const std::uint64_t set = type < 4 ? kSet[type] : 0;
-  if (step.dtype == DType::boolean) {
-    keep = 0x0101010101010101U;
-  }
-  std::vector<char> bytes(count * size_of(step.dtype));
-  Random random(step.seed + 1000003 * static_cast<std::uint64_t>(rank) + 7919 * part);
-  for (std::size_t offset = 0; offset < bytes.size(); offset += 8) {
-    const std::uint64_t word = (random.bits() & keep) | set;
-    std::memcpy(&bytes[offset], &word, std::min<std::size_t>(8, bytes.size() - offset));
-  }
-  return bytes;
-}
-
 // Each rank's own; powers of two, so that no order of the multiplications shows.
 inline double pre_of(const Step& step, int rank) { return step.scaled ? (rank % 2 == 0 ? 0.5 : 2.0) : 1.0; }
 inline double post_of(const Step& step) { return step.scaled ? 0.25 : 1.0; }
 
-// The fold of what all ranks put in, by the plain loops, which have a test of their own.
-inline std::vector<char> folded(const Step& step, int size, std::size_t part, std::size_t count) {
-  std::vector<std::vector<char>> inputs;
-  std::vector<const void*> sources;
-  std::vector<double> prescale;
-  for (int rank = 0; rank < size; ++rank) {
-    inputs.push_back(input(step, rank, part, count));
-    sources.push_back(inputs.back().data());
-    prescale.push_back(pre_of(step, rank));
-  }
-  std::vector<char> result(count * size_of(step.dtype));
-  void* target = result.data();
-  Finish finish;
-  finish.scale = post_of(step);
-  if (step.op == ReduceOp::average) {
-    if (is_floating(step.dtype)) {
-      finish.scale /= size;
-    } else {
-      finish.divisor = static_cast<std::uint64_t>(size);
+// What goes into the calls, and must come out.
+class Contents {
+ public:
+  Contents() = default;
+  Contents(const Contents&) = delete;
+  Contents& operator=(const Contents&) = delete;
+  virtual ~Contents() = default;
+
+  // What `rank` puts in. Floating point has exponents near zero, so that sums round but do not overflow.
+  virtual std::vector<char> input(const Step& step, int rank, std::size_t part, std::size_t count) const {
+    static constexpr std::uint64_t kKeep[] = {0x83ffffff83ffffffU, 0x801fffffffffffffU, 0x87ff87ff87ff87ffU,
+                                              0x83ff83ff83ff83ffU};
+    static constexpr std::uint64_t kSet[] = {0x3c0000003c000000U, 0x3fc0000000000000U, 0x3000300030003000U,
+                                             0x3c003c003c003c00U};
+    const auto type = static_cast<std::size_t>(step.dtype);
+    std::uint64_t keep = type < 4 ? kKeep[type] : ~std::uint64_t{0};
+    const std::uint64_t set = type < 4 ? kSet[type] : 0;
+    if (step.dtype == DType::boolean) {
+      keep = 0x0101010101010101U;
     }
+    std::vector<char> bytes(count * size_of(step.dtype));
+    Random random(step.seed + 1000003 * static_cast<std::uint64_t>(rank) + 7919 * part);
+    for (std::size_t offset = 0; offset < bytes.size(); offset += 8) {
+      const std::uint64_t word = (random.bits() & keep) | set;
+      std::memcpy(&bytes[offset], &word, std::min<std::size_t>(8, bytes.size() - offset));
+    }
+    return bytes;
   }
-  reduce_function(step.dtype, step.op, Isa::plain)(&target, 1, sources.data(), sources.size(), count,
-                                                   step.scaled ? prescale.data() : nullptr, finish);
-  return result;
-}
+
+  // The fold of what all ranks put in, by the plain loops, which have a test of their own.
+  virtual std::vector<char> folded(const Step& step, int size, std::size_t part, std::size_t count) const {
+    std::vector<std::vector<char>> inputs;
+    std::vector<const void*> sources;
+    std::vector<double> prescale;
+    for (int rank = 0; rank < size; ++rank) {
+      inputs.push_back(input(step, rank, part, count));
+      sources.push_back(inputs.back().data());
+      prescale.push_back(pre_of(step, rank));
+    }
+    std::vector<char> result(count * size_of(step.dtype));
+    void* target = result.data();
+    Finish finish;
+    finish.scale = post_of(step);
+    if (step.op == ReduceOp::average) {
+      if (is_floating(step.dtype)) {
+        finish.scale /= size;
+      } else {
+        finish.divisor = static_cast<std::uint64_t>(size);
+      }
+    }
+    reduce_function(step.dtype, step.op, Isa::plain)(&target, 1, sources.data(), sources.size(), count,
+                                                     step.scaled ? prescale.data() : nullptr, finish);
+    return result;
+  }
+};
+
+inline const Contents kSeeded;
 
 inline constexpr std::size_t kGuard = 64;  // bytes on each side of a buffer that no call may touch
 inline constexpr char kUntouched = 0x5a;
@@ -223,8 +219,8 @@ class Runner {
  public:
   // `entered`: in memory that all ranks share, counts entries to barriers. `capacity`: bytes of the largest call, all
   // its buffers together.
-  Runner(Group& group, std::atomic<std::uint64_t>& entered, std::size_t capacity)
-      : group_(group), entered_(entered), bytes_(capacity), heap_(capacity) {
+  Runner(Group& group, std::atomic<std::uint64_t>& entered, std::size_t capacity, const Contents& contents = kSeeded)
+      : group_(group), entered_(entered), contents_(contents), bytes_(capacity), heap_(capacity) {
     base_[0] = heap_.data();
     base_[1] = static_cast<char*>(group.allocate(capacity));
     const int file = memfd_create("collectives_test", MFD_CLOEXEC);
@@ -254,8 +250,11 @@ class Runner {
       buffers_.clear();
       random_ = Random(step.seed + static_cast<std::uint64_t>(group_.rank()));
       const std::uint64_t before = group_.sequence();
+      const auto taken = static_cast<std::size_t>(step.taken);
+      const std::uint64_t calls = group_.statistics().calls[taken];
       group_.set_path(step.path);
       bool good = one(step);
+      good = good && (step.taken == Path::automatic || group_.statistics().calls[taken] == calls + 1);
       good =
           good && std::all_of(buffers_.begin(), buffers_.end(), [](const Buffer& buffer) { return buffer.guarded(); });
       good = good && group_.sequence() == before + 1;
@@ -274,7 +273,10 @@ class Runner {
     if (step.placement == Placement::mixed) {
       memory = random_.below(3);
     }
-    const std::size_t shift = random_.one_in(2) ? 0 : random_.below(64);
+    std::size_t shift = random_.one_in(2) ? 0 : random_.below(64);
+    if (step.shift >= 0) {
+      shift = static_cast<std::size_t>(step.shift);
+    }
     Buffer buffer{base_[memory] + used_[memory] + kGuard + shift, count * size_of(step.dtype)};
     used_[memory] += (buffer.bytes + shift + 2 * kGuard + 63) / 64 * 64;
     if (used_[memory] > bytes_) {
@@ -319,7 +321,7 @@ class Runner {
     std::vector<Buffer> targets;
     std::vector<std::vector<char>> own;
     for (std::size_t part = 0; part < step.counts.size(); ++part) {
-      own.push_back(input(step, group_.rank(), part, step.counts[part]));
+      own.push_back(contents_.input(step, group_.rank(), part, step.counts[part]));
       sources.push_back(take(step, step.counts[part]));
       targets.push_back(step.in_place ? sources.back() : take(step, step.counts[part]));
       sources.back().fill(own.back());
@@ -328,7 +330,7 @@ class Runner {
     group_.allreduce(pieces, step.dtype, step.op, scale(step));
     bool good = true;
     for (std::size_t part = 0; part < pieces.size(); ++part) {
-      good = good && targets[part].holds(folded(step, group_.size(), part, step.counts[part]).data());
+      good = good && targets[part].holds(contents_.folded(step, group_.size(), part, step.counts[part]).data());
       good = good && (step.in_place || sources[part].holds(own[part].data()));
     }
     return good;
@@ -338,12 +340,12 @@ class Runner {
     const std::size_t total = std::accumulate(step.counts.begin(), step.counts.end(), std::size_t{0});
     const std::size_t mine = step.counts[static_cast<std::size_t>(group_.rank())];
     const std::size_t start = first_of(step.counts, group_.rank()) * size_of(step.dtype);
-    const std::vector<char> own = input(step, group_.rank(), 0, total);
+    const std::vector<char> own = contents_.input(step, group_.rank(), 0, total);
     const Buffer source = take(step, total);
     source.fill(own);
     const Buffer target = step.in_place ? Buffer{source.data + start, mine * size_of(step.dtype)} : take(step, mine);
     group_.reduce_scatter(source.data, target.data, step.counts, step.dtype, step.op, scale(step));
-    return target.holds(folded(step, group_.size(), 0, total).data() + start) &&
+    return target.holds(contents_.folded(step, group_.size(), 0, total).data() + start) &&
            (step.in_place || source.holds(own.data()));
   }
 
@@ -353,11 +355,11 @@ class Runner {
     const Buffer target = take(step, total);
     const std::size_t start = first_of(step.counts, group_.rank()) * size_of(step.dtype);
     const Buffer source = step.in_place ? Buffer{target.data + start, mine * size_of(step.dtype)} : take(step, mine);
-    source.fill(input(step, group_.rank(), 0, mine));
+    source.fill(contents_.input(step, group_.rank(), 0, mine));
     group_.all_gather(source.data, target.data, step.counts, step.dtype);
     std::vector<char> expected;
     for (int rank = 0; rank < group_.size(); ++rank) {
-      const std::vector<char> part = input(step, rank, 0, step.counts[static_cast<std::size_t>(rank)]);
+      const std::vector<char> part = contents_.input(step, rank, 0, step.counts[static_cast<std::size_t>(rank)]);
       expected.insert(expected.end(), part.begin(), part.end());
     }
     return target.holds(expected.data());
@@ -365,7 +367,7 @@ class Runner {
 
   bool broadcast(const Step& step) {
     const Buffer buffer = take(step, step.counts[0]);
-    const std::vector<char> sent = input(step, step.root, 0, step.counts[0]);
+    const std::vector<char> sent = contents_.input(step, step.root, 0, step.counts[0]);
     if (group_.rank() == step.root) {
       buffer.fill(sent);
     }
@@ -374,13 +376,13 @@ class Runner {
   }
 
   bool reduce(const Step& step) {
-    const std::vector<char> own = input(step, group_.rank(), 0, step.counts[0]);
+    const std::vector<char> own = contents_.input(step, group_.rank(), 0, step.counts[0]);
     const Buffer source = take(step, step.counts[0]);
     const Buffer target = step.in_place ? source : take(step, step.counts[0]);
     source.fill(own);
     group_.reduce(source.data, target.data, step.counts[0], step.dtype, step.op, step.root, scale(step));
     if (group_.rank() == step.root) {
-      return target.holds(folded(step, group_.size(), 0, step.counts[0]).data());
+      return target.holds(contents_.folded(step, group_.size(), 0, step.counts[0]).data());
     }
     const std::vector<char> untouched(target.bytes, kUntouched);
     return source.holds(own.data()) && (step.in_place || target.holds(untouched.data()));
@@ -396,8 +398,8 @@ class Runner {
     std::vector<char> expected;
     for (std::size_t other = 0; other < size; ++other) {
       received.push_back(step.counts[other * size + mine]);
-      const std::vector<char> out = input(step, group_.rank(), other, sent[other]);
-      const std::vector<char> in = input(step, static_cast<int>(other), mine, received[other]);
+      const std::vector<char> out = contents_.input(step, group_.rank(), other, sent[other]);
+      const std::vector<char> in = contents_.input(step, static_cast<int>(other), mine, received[other]);
       own.insert(own.end(), out.begin(), out.end());
       expected.insert(expected.end(), in.begin(), in.end());
     }
@@ -415,6 +417,7 @@ class Runner {
 
   Group& group_;
   std::atomic<std::uint64_t>& entered_;
+  const Contents& contents_;
   std::size_t bytes_;
   std::vector<char> heap_;
   std::array<char*, 3> base_{};

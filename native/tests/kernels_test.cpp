@@ -1,7 +1,6 @@
 // Every loop against a reference that works element by element, bit for bit, on each instruction set of this machine.
 #include "kernels.h"
 
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -17,27 +16,13 @@
 #include <vector>
 
 #include "check.h"
+#include "long_memory.h"
+#include "reference.h"
+#include "seeded_random.h"
 
-using namespace launcher::collectives;
+using namespace reference;
 
 namespace {
-
-// The same numbers in every run.
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : state_(seed) {}
-  std::uint64_t bits() {
-    std::uint64_t mixed = state_ += 0x9e3779b97f4a7c15U;
-    mixed = (mixed ^ mixed >> 30) * 0xbf58476d1ce4e5b9U;
-    mixed = (mixed ^ mixed >> 27) * 0x94d049bb133111ebU;
-    return mixed ^ mixed >> 31;
-  }
-  std::size_t below(std::size_t limit) { return static_cast<std::size_t>(bits() % limit); }
-  double unit() { return static_cast<double>(bits() >> 11) * 0x1p-52 - 1.0; }  // [-1, 1)
-
- private:
-  std::uint64_t state_;
-};
 
 std::vector<Isa> machine_isas() {
   std::vector<Isa> found;
@@ -45,171 +30,6 @@ std::vector<Isa> machine_isas() {
     found.push_back(static_cast<Isa>(number));
   }
   return found;
-}
-
-// ---- 16-bit floating point by its definition: `fraction` bits after the leading one, exponents from `lowest`
-
-struct Small {
-  int fraction;
-  int lowest;
-  int highest;
-};
-constexpr Small kHalf{10, -14, 15};
-constexpr Small kBFloat{7, -126, 127};
-
-double decode(Small format, std::uint16_t bits) {
-  const int exponent = (bits & 0x7fff) >> format.fraction;
-  const int fraction = bits & ((1 << format.fraction) - 1);
-  const double sign = (bits & 0x8000) != 0 ? -1.0 : 1.0;
-  if (exponent == (0x7fff >> format.fraction)) {
-    return fraction == 0 ? sign * std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
-  }
-  const int leading = exponent == 0 ? 0 : 1 << format.fraction;
-  return sign * std::ldexp(leading + fraction, std::max(exponent, 1) - 1 + format.lowest - format.fraction);
-}
-
-std::uint16_t encode(Small format, double value) {
-  const int infinity = (format.highest - format.lowest + 2) << format.fraction;
-  if (std::isnan(value)) {
-    return static_cast<std::uint16_t>(infinity | 1 << (format.fraction - 1));
-  }
-  const int sign = std::signbit(value) ? 0x8000 : 0;
-  if (std::isinf(value)) {
-    return static_cast<std::uint16_t>(sign | infinity);
-  }
-  int exponent = format.lowest;
-  if (value != 0.0) {
-    exponent = std::max(std::ilogb(value), format.lowest);
-  }
-  const double units = std::nearbyint(std::ldexp(std::fabs(value), format.fraction - exponent));  // ties to even
-  // A carry out of the fraction counts the exponent up, as it should.
-  const int bits = ((exponent - format.lowest) << format.fraction) + static_cast<int>(units);
-  return static_cast<std::uint16_t>(sign | std::min(bits, infinity));
-}
-
-// ---- reference of the fold, for one element
-
-template <typename Real>
-Real fold_real(ReduceOp op, Real folded, Real next) {
-  switch (op) {
-    case ReduceOp::minimum:
-      return std::isnan(next) || next < folded ? next : folded;
-    case ReduceOp::maximum:
-      return std::isnan(next) || next > folded ? next : folded;
-    case ReduceOp::product:
-      return folded * next;
-    default:
-      return folded + next;
-  }
-}
-
-template <typename Real>
-Real reference_real(ReduceOp op, const std::vector<Real>& values, const double* prescale, double scale) {
-  Real folded = 0;
-  for (std::size_t number = 0; number < values.size(); ++number) {
-    const Real next = prescale == nullptr ? values[number] : values[number] * static_cast<Real>(prescale[number]);
-    folded = number == 0 ? next : fold_real(op, folded, next);
-  }
-  folded *= static_cast<Real>(scale);
-  return std::isnan(folded) ? std::numeric_limits<Real>::quiet_NaN() : folded;
-}
-
-template <typename Whole>
-Whole fold_whole(ReduceOp op, bool boolean, Whole folded, Whole next) {
-  const auto left = static_cast<std::uint64_t>(folded);
-  const auto right = static_cast<std::uint64_t>(next);
-  switch (op) {
-    case ReduceOp::minimum:
-      return std::min(folded, next);
-    case ReduceOp::maximum:
-      return std::max(folded, next);
-    case ReduceOp::product:
-      return static_cast<Whole>(left * right);
-    case ReduceOp::bit_and:
-      return static_cast<Whole>(left & right);
-    case ReduceOp::bit_or:
-      return static_cast<Whole>(left | right);
-    case ReduceOp::bit_xor:
-      return static_cast<Whole>(left ^ right);
-    default:
-      return static_cast<Whole>(boolean ? left | right : left + right);
-  }
-}
-
-template <typename Value>
-std::vector<Value> gather(const std::vector<const char*>& sources, std::size_t element) {
-  std::vector<Value> values(sources.size());
-  for (std::size_t number = 0; number < sources.size(); ++number) {
-    std::memcpy(&values[number], sources[number] + element * sizeof(Value), sizeof(Value));
-  }
-  return values;
-}
-
-struct Case {
-  DType dtype;
-  ReduceOp op;
-  std::size_t count;
-  const double* prescale;
-  Finish finish;
-};
-
-template <typename Whole>
-void reference_whole(const Case& given, const std::vector<const char*>& sources, std::size_t element, char* target) {
-  const std::vector<Whole> values = gather<Whole>(sources, element);
-  Whole folded = values[0];
-  for (std::size_t number = 1; number < values.size(); ++number) {
-    folded = fold_whole(given.op, given.dtype == DType::boolean, folded, values[number]);
-  }
-  if (given.finish.divisor != 1) {
-    folded = static_cast<Whole>(folded / static_cast<Whole>(given.finish.divisor));
-  }
-  std::memcpy(target, &folded, sizeof folded);
-}
-
-template <typename Real>
-void reference_floating(const Case& given, const std::vector<const char*>& sources, std::size_t element, char* target) {
-  const Real folded = reference_real(given.op, gather<Real>(sources, element), given.prescale, given.finish.scale);
-  std::memcpy(target, &folded, sizeof folded);
-}
-
-void reference_small(const Case& given, const std::vector<const char*>& sources, std::size_t element, char* target) {
-  const Small format = given.dtype == DType::float16 ? kHalf : kBFloat;
-  std::vector<float> values;
-  for (const std::uint16_t bits : gather<std::uint16_t>(sources, element)) {
-    values.push_back(static_cast<float>(decode(format, bits)));
-  }
-  const std::uint16_t folded =
-      encode(format, static_cast<double>(reference_real(given.op, values, given.prescale, given.finish.scale)));
-  std::memcpy(target, &folded, sizeof folded);
-}
-
-void reference(const Case& given, const std::vector<const char*>& sources, std::size_t element, char* target) {
-  switch (given.dtype) {
-    case DType::float32:
-      return reference_floating<float>(given, sources, element, target);
-    case DType::float64:
-      return reference_floating<double>(given, sources, element, target);
-    case DType::float16:
-    case DType::bfloat16:
-      return reference_small(given, sources, element, target);
-    case DType::int8:
-      return reference_whole<std::int8_t>(given, sources, element, target);
-    case DType::int16:
-      return reference_whole<std::int16_t>(given, sources, element, target);
-    case DType::int32:
-      return reference_whole<std::int32_t>(given, sources, element, target);
-    case DType::int64:
-      return reference_whole<std::int64_t>(given, sources, element, target);
-    case DType::uint8:
-    case DType::boolean:
-      return reference_whole<std::uint8_t>(given, sources, element, target);
-    case DType::uint16:
-      return reference_whole<std::uint16_t>(given, sources, element, target);
-    case DType::uint32:
-      return reference_whole<std::uint32_t>(given, sources, element, target);
-    case DType::uint64:
-      return reference_whole<std::uint64_t>(given, sources, element, target);
-  }
 }
 
 // ---- the matrix
@@ -254,7 +74,7 @@ void check_one(Random& random, const Case& given, std::size_t source_count, Targ
   }
   std::vector<char> expected(bytes);
   for (std::size_t element = 0; element < given.count; ++element) {
-    reference(given, pointers, element, expected.data() + element * size_of(given.dtype));
+    element_of(given, pointers, element, expected.data() + element * size_of(given.dtype));
   }
   for (const Isa isa : machine_isas()) {
     std::vector<std::vector<char>> memory(source_count + 1);  // the sources, then the target apart from them
@@ -479,7 +299,7 @@ void copies() {
       for (int variant = 0; variant < 8; ++variant) {
         const std::size_t to = kGuard + random.below(65);
         const std::size_t from = random.below(65);
-        std::vector<char> source(from + bytes);
+        std::vector<char> source(from + bytes + 1);  // none of no bytes: those have no address
         fill(random, DType::uint8, true, source);
         std::vector<char> target(to + bytes + kGuard, 'g');
         copy_fresh(target.data() + to, source.data() + from, bytes, isa);
@@ -494,41 +314,20 @@ void copies() {
 }
 
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-// `bytes` of address space over the same few pages, again and again.
-char* map_over_and_over(std::size_t bytes, std::size_t period, char content) {
-  const int file = memfd_create("kernels_test", MFD_CLOEXEC);
-  CHECK(file >= 0 && ftruncate(file, static_cast<off_t>(period)) == 0);
-  char* base = static_cast<char*>(mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  for (std::size_t offset = 0; offset < bytes; offset += period) {
-    CHECK(mmap(base + offset, period, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == base + offset);
-  }
-  close(file);
-  std::memset(base, content, period);
-  return base;
-}
-
 void more_than_four_gigabytes() {
-  constexpr std::size_t kPeriod = std::size_t{64} << 20;
-  constexpr std::size_t kBytes = (std::size_t{4} << 30) + kPeriod;
-  char* left = map_over_and_over(kBytes, kPeriod, 3);
-  char* right = map_over_and_over(kBytes, kPeriod, 4);
-  char* sum = map_over_and_over(kBytes, kPeriod, 0);
-  // The whole first page would be written by any prefix: only what lies beyond 2^32 may end in the middle of a page.
-  const std::size_t count = kBytes - kPeriod + 100;
-  void* const targets[] = {sum};
-  const void* const sources[] = {left, right};
-  sum[50] = sum[150] = 0;
-  reduce_function(DType::uint8, ReduceOp::sum, isa())(targets, 1, sources, 2, count, nullptr, {});
-  CHECK(std::all_of(sum, sum + kPeriod, [](char byte) { return byte == 7; }));
-  // A second call of only the part beyond, told by the content.
-  std::memset(left, 10, kPeriod);
-  std::memset(sum, 0, kPeriod);
-  const std::size_t beyond = count - (std::size_t{1} << 32);
-  reduce_function(DType::uint8, ReduceOp::sum, isa())(targets, 1, sources, 2, beyond, nullptr, {});
-  CHECK(sum[beyond - 1] == 14 && sum[beyond] == 0);
-  for (char* base : {left, right, sum}) {
-    munmap(base, kBytes);
-  }
+  constexpr std::size_t kBytes = (std::size_t{4} << 30) + kLongPeriod;
+  const LongMemory left(kBytes);
+  const LongMemory right(kBytes);
+  const LongMemory sum(kBytes);
+  left.fill<std::uint8_t>(3, 13);
+  right.fill<std::uint8_t>(4, 14);
+  sum.fill<std::uint8_t>(0, 0);
+  void* const targets[] = {sum.data()};
+  const void* const sources[] = {left.data(), right.data()};
+  reduce_function(DType::uint8, ReduceOp::sum, isa())(targets, 1, sources, 2, kBytes + kLongTail - 1, nullptr, {});
+  CHECK(sum.data()[kBytes + kLongTail - 1] == 0);
+  sum.data()[kBytes + kLongTail - 1] = 27;
+  CHECK((sum.holds<std::uint8_t>(7, 27)));
 }
 #endif
 

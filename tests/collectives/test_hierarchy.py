@@ -94,18 +94,26 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         made.close()
 
 
-@pytest.mark.parametrize("hosts", [(1, 1), (2, 2), (1, 3), (2, 1, 1)], ids=lambda hosts: "x".join(map(str, hosts)))
-def test_every_operation(fleet: Fleet, hosts: tuple[int, ...]) -> None:
-    outcomes = fleet.start(hosts, "matrix")
+@pytest.mark.parametrize(
+    ("hosts", "leg"),
+    [((1, 1), "sockets"), ((2, 2), "sockets"), ((2, 1, 1), "sockets"), ((1, 1, 1), "sockets"), ((1, 2), "gloo")],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
+)
+def test_every_operation(fleet: Fleet, hosts: tuple[int, ...], leg: str) -> None:
+    # Without a wish it is the sockets that are taken.
+    outcomes = fleet.start(hosts, "matrix", leg="auto" if leg == "sockets" else leg)
     assert all(outcome.code == 0 for outcome in outcomes), outcomes
     shown = [outcome.shown for outcome in outcomes]
     for rank, one in enumerate(shown):
         assert one["wrong"] == [], f"rank {rank}"
         assert one["kind"] == "HierarchicalGroup" and one["cases"] > 250
-        assert one["between"]["leg"] == "gloo" and one["between"]["why"].startswith("no MPI: ")
+        assert one["between"]["leg"] == leg
+        assert one["between"]["why"].startswith("no MPI: " if leg == "sockets" else "asked for")
     assert len({one["digest"] for one in shown}) == 1  # the same bits on every rank
     said = [line for outcome in outcomes for line in outcome.output.splitlines() if "between the hosts" in line]
-    assert len(said) == 1 and said[0].startswith("[launcher] collectives: Gloo between the hosts (no MPI: ")
+    assert len(said) == 1 and said[0].startswith(
+        f"[launcher] collectives: {'TCP sockets' if leg == 'sockets' else 'Gloo'} between the hosts ("
+    )
 
 
 def test_raw_contributions_in_every_operation(fleet: Fleet) -> None:
@@ -139,10 +147,11 @@ def test_sums_in_16_bits(fleet: Fleet, wire: str, epsilon: float, hosts: tuple[i
 
 @pytest.mark.parametrize("count", [256, 400_000])
 @pytest.mark.parametrize(
-    ("how", "hosts", "victim"), [("killed", (1, 1), 1), ("killed", (2, 2), 3), ("killed", (1, 2), 2)]
+    ("leg", "hosts", "victim"),
+    [("sockets", (1, 1), 1), ("sockets", (2, 2), 3), ("sockets", (1, 1, 1), 2), ("gloo", (1, 2), 2)],
 )
-def test_a_rank_of_another_host_dies(fleet: Fleet, how: str, hosts: tuple[int, ...], victim: int, count: int) -> None:
-    for outcome in fleet.start(hosts, "fails", how=how, count=count, victim=victim):
+def test_a_rank_of_another_host_dies(fleet: Fleet, leg: str, hosts: tuple[int, ...], victim: int, count: int) -> None:
+    for outcome in fleet.start(hosts, "fails", how="killed", count=count, victim=victim, leg=leg):
         if outcome.rank == victim:
             assert outcome.code == -9
             continue
@@ -154,13 +163,14 @@ def test_a_rank_of_another_host_dies(fleet: Fleet, how: str, hosts: tuple[int, .
         assert one["after_s"] < 10
 
 
-def test_a_rank_closes_aborts_or_calls_something_else(fleet: Fleet) -> None:
+@pytest.mark.parametrize("leg", ["sockets", "gloo"])
+def test_a_rank_closes_aborts_or_calls_something_else(fleet: Fleet, leg: str) -> None:
     for how, reason, text in (
         ("closed", "left", "closed its end of the group"),
         ("aborted", "left", "no more data"),
         ("other", "mismatch", "calls broadcast #27"),
     ):
-        first, second = fleet.start((1, 1), "fails", how=how, count=400_000, victim=1)
+        first, second = fleet.start((1, 1), "fails", how=how, count=400_000, victim=1, leg=leg)
         assert (first.shown["reason"], first.shown["rank"], first.shown["host"]) == (reason, 1, "algo-2"), first
         assert text in first.shown["text"], first
         if how == "other":
@@ -172,6 +182,25 @@ def test_a_rank_of_another_host_stands_still(fleet: Fleet) -> None:
     for outcome in fleet.start((2, 1), "fails", how="stopped", count=400_000, victim=2)[:2]:
         assert outcome.code == 0, outcome
         assert (outcome.shown["reason"], outcome.shown["rank"]) == ("timeout", 2), outcome
+
+
+def test_a_call_that_another_thread_ends(fleet: Fleet) -> None:
+    first, second = fleet.start((1, 1), "fails", how="thread", count=256, victim=1)
+    assert (first.shown["reason"], first.shown["rank"]) == ("left", 1) and "no more data" in first.shown["text"], first
+    assert second.code == 0 and second.shown["after_s"] < 10, second
+
+
+def test_connections_of_others_are_dropped(fleet: Fleet) -> None:
+    shown = fleet.run((1, 1, 1), "strangers")
+    assert [one["ends"] for one in shown] == [[9.0, 9.0]] * 3
+    assert len(shown[2]["seen"]) == 8 and all(text.endswith(": b''") for text in shown[2]["seen"]), shown
+
+
+def test_a_rank_that_cannot_be_reached(fleet: Fleet) -> None:
+    first, second = fleet.run((1, 1), "unreachable")
+    assert first.startswith("timeout: join of group 'world': rank 1 on algo-2 could not be connected at 127.0.0.1 port")
+    assert second.startswith("lost: join of group 'world': rank 0 on algo-1 could not be reached at 127.0.0.1 port")
+    assert "Connection refused" in second
 
 
 def test_arguments(fleet: Fleet) -> None:

@@ -59,28 +59,85 @@ def test_who_is_missing_is_told(ranks: Any) -> None:
         3,
         """
         seen = []
-        def attempt(name, *args, **options):
+        def attempt(name, *args, timeout_s=0.8, **options):
             try:
-                join(name, *args, timeout_s=0.4, **options)
+                join(name, *args, timeout_s=timeout_s, **options)
                 seen.append("joined")
             except CollectiveError as error:
                 seen.append(told(error))
+        attempt("pair", RANK, 2, ranks=[0, 1], timeout_s=20)  # from here on at the same time
         attempt("all", RANK, 3)
         attempt(f"mine-{RANK}", RANK, 2, ranks=[0, 1])
-        attempt("pair", RANK, 2, ranks=[0, 1])
         show(seen)
         """,
         only=[0, 1],
     ).wait()
     for rank, outcome in enumerate(shown):
         assert outcome.code == 0, outcome
-        everybody, own, pair = outcome.shown
+        pair, everybody, own = outcome.shown
         for error, missing in ((everybody, 2), (own, 1 - rank)):
             reason, culprit, host, operation, sequence, text = error
             assert (reason, operation, sequence) == ("timeout", "join", 0), text
             assert culprit == missing and f"rank {missing}" in text, text
             assert host == "algo-1" and "algo-1" in text, text
         assert pair == "joined"
+    # Only letters to those that never came, which go with the job's folder.
+    assert ranks.left() == ["group-0-all~2~0", "group-0-mine-0~1~0", "group-0-mine-1~0~1"]
+
+
+TOO_LATE = """
+seen = {}
+def attempt(name, limits_s, late=None, again="", **options):
+    if RANK == late:  # when the others have given up
+        marks = [os.path.join(os.environ["MARKS"], f"{name}.{rank}") for rank in range(3) if rank != late]
+        wait_for(lambda: all(map(os.path.exists, marks)))
+    try:
+        group = join(name, RANK, 3, timeout_s=limits_s[RANK], **options)
+        seen[name + again] = total(group)
+        group.close()
+    except CollectiveError as error:
+        seen[name + again] = told(error)
+    except KeyboardInterrupt:
+        seen[name + again] = "interrupted"
+    mark(name)
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+attempt("start", (20, 20, 20))  # from here on at the same time
+attempt("last", (0.8, 0.8, 20), late=2)
+attempt("first", (20, 0.8, 0.8), late=0)
+attempt("impatient", (20, 0.8, 20), late=2)
+if RANK == 1:
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+attempt("interrupted", (20, 20, 20), late=2)
+attempt("last", (20, 20, 20), again=" again")
+attempt("first", (20, 20, 20), again=" again")
+attempt("stored", (20, 20, 20), late=1, store=Files("store", 20 if RANK == 1 else 0.8))
+show(seen)
+"""
+
+
+def test_who_comes_too_late_hears_why(ranks: Any) -> None:
+    """The others have given up, because of it or of another one: it does not wait, and blames none of them."""
+    shown = ranks.run(3, STORE + TOO_LATE)
+    for rank, seen in enumerate(shown):
+        assert seen["start"] == seen["last again"] == seen["first again"] == 6.0
+        for name, reason, culprit, late in (
+            ("last", "timeout", 2, 2),
+            ("first", "timeout", 0, 0),
+            ("impatient", "timeout", 2, 2),
+            ("interrupted", "left", 1, 2),
+            ("stored", "timeout", 1, 1),
+        ):
+            if name == "interrupted" and rank == 1:
+                assert seen[name] == "interrupted"
+                continue
+            told, who, _, operation, _, text = seen[name]
+            assert (told, who, operation) == (reason, culprit, "join"), seen
+            assert text.startswith(f"join #0: rank {culprit}"), seen
+            assert (" s ago, " in text) == (rank == late), seen
     assert ranks.left() == []
 
 
@@ -117,7 +174,7 @@ def test_a_rank_that_dies_while_the_others_come(ranks: Any, wait_until: Any) -> 
     outcomes = ranks.wait(20)
     reason, culprit, host, operation, _, text = outcomes[0].shown
     assert (reason, culprit, host, operation) == ("lost", 1, "algo-1", "join"), text
-    assert ranks.left() == []
+    assert ranks.left() == ["group-0-group~2~0"]  # in case that it comes
 
 
 def test_leftovers_of_a_crash_are_no_hindrance(ranks: Any, wait_until: Any) -> None:
@@ -298,7 +355,7 @@ def test_interrupted_while_it_waits(ranks: Any, wait_until: Any) -> None:
     wait_until(lambda: waits_in_join(ranks.processes[0].pid), "rank 0 in join")
     ranks.processes[0].send_signal(signal.SIGINT)
     assert ranks.wait(20)[0].shown == "interrupted"
-    assert ranks.left() == []
+    assert ranks.left() == ["group-0-world~1~0"]
 
 
 def test_arguments() -> None:

@@ -1,4 +1,4 @@
-"""Collectives over two hosts: shared memory inside, Gloo or MPI across; the weights of one host, and who died."""
+"""Collectives over two hosts: shared memory inside, sockets or MPI across; the weights of one host, and who died."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ LOOP = """
 """
 
 
-def weights_of(make_hosts: Any, count: int, leg: str, *args: Any) -> Any:
+def weights_of(make_hosts: Any, count: int, leg: str, *args: Any, **env: str) -> Any:
     """What the classifier learns with all ranks on so many hosts."""
     hosts = make_hosts(count)
     hosts.script(TRAIN)
-    codes = hosts.run_all("-n", str(RANKS // count), *args, "train.py", env={"OMP_NUM_THREADS": "1"})
+    codes = hosts.run_all("-n", str(RANKS // count), *args, "train.py", env={"OMP_NUM_THREADS": "1", **env})
     assert codes == [0] * count, hosts.output()
     assert sum(host.stdout.count(f"leg {leg}") for host in hosts) == RANKS, hosts.output()
     said = hosts.output().count("between the hosts")
@@ -75,21 +75,22 @@ def weights_of(make_hosts: Any, count: int, leg: str, *args: Any) -> Any:
 
 @needs_torch
 @pytest.mark.torch
-def test_the_same_weights_over_gloo(make_hosts: Any) -> None:
+def test_the_same_weights_over_sockets(make_hosts: Any) -> None:
     alone = weights_of(make_hosts, 1, "none")
-    np.testing.assert_allclose(weights_of(make_hosts, 2, "gloo"), alone, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(weights_of(make_hosts, 2, "sockets"), alone, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.mpi
 def test_the_same_weights_over_mpi(make_hosts: Any, mpirun: Path) -> None:
     arguments = ("--engine", "mpi", "--mpirun", mpirun)
     alone = weights_of(make_hosts, 1, "none", *arguments)
-    np.testing.assert_allclose(weights_of(make_hosts, 2, "mpi", *arguments), alone, rtol=1e-9, atol=1e-12)
+    over_mpi = weights_of(make_hosts, 2, "mpi", *arguments, LAUNCHER_COLLECTIVE_LEG="mpi")
+    np.testing.assert_allclose(over_mpi, alone, rtol=1e-9, atol=1e-12)
 
 
-def _a_rank_is_killed(hosts: Any, *args: Any) -> None:
+def _a_rank_is_killed(hosts: Any, *args: Any, **env: str) -> None:
     hosts.script(LOOP)
-    hosts.start_all("-n", "2", *args, "train.py")
+    hosts.start_all("-n", "2", *args, "train.py", env=env)
     pids = hosts.wait_for_ranks(0, 1, 2, 3)
     os.kill(pids[3], signal.SIGKILL)
     hosts.assert_all_say(137, "rank 3 on algo-2 was killed by SIGKILL")
@@ -97,10 +98,10 @@ def _a_rank_is_killed(hosts: Any, *args: Any) -> None:
 
 @needs_torch
 @pytest.mark.torch
-def test_a_killed_rank_of_the_other_host_over_gloo(make_hosts: Any) -> None:
+def test_a_killed_rank_of_the_other_host_over_sockets(make_hosts: Any) -> None:
     _a_rank_is_killed(make_hosts(2))
 
 
 @pytest.mark.mpi
 def test_a_killed_rank_of_the_other_host_over_mpi(make_hosts: Any, mpirun: Path) -> None:
-    _a_rank_is_killed(make_hosts(2), "--engine", "mpi", "--mpirun", mpirun)
+    _a_rank_is_killed(make_hosts(2), "--engine", "mpi", "--mpirun", mpirun, LAUNCHER_COLLECTIVE_LEG="mpi")

@@ -19,13 +19,17 @@ BATCH, RATE = 4, 1e-6
 
 
 class Adapter(Base):
-    """``options["carrier"]``: none, gloo, launcher (back-ends of torch.distributed), or the module of a Horovod API."""
+    """``options["carrier"]``: none, gloo, launcher (back-ends of torch.distributed), or the module of a Horovod API.
+
+    For DistributedDataParallel ``views`` sets gradient_as_bucket_view, and ``silent`` a hook that sends nothing.
+    """
 
     def __init__(self, support: Any, store: Any, options: dict[str, Any]) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         self._support = support
         self._carrier = options["carrier"]
+        self._views, self._silent = options.get("views", False), options.get("silent", False)
         self._horovod: Any = None
         self.version = f"torch {torch.__version__}"
         if self._carrier == "launcher":
@@ -76,7 +80,9 @@ class Adapter(Base):
             optimizer = self._horovod.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
             self._horovod.broadcast_parameters(model.state_dict(), root_rank=0)
         elif self._carrier != "none":
-            model = torch.nn.parallel.DistributedDataParallel(model)
+            model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=self._views)
+            if self._silent:
+                model.register_comm_hook(None, _keep)
 
         def run() -> None:
             optimizer.zero_grad()
@@ -89,6 +95,13 @@ class Adapter(Base):
         """Ends Horovod's thread; the others' groups go with the process."""
         if self._horovod is not None:
             self._horovod.shutdown()
+
+
+def _keep(state: object, bucket: Any) -> Any:
+    """A communication hook that takes the rank's own gradients for the result."""
+    future: Any = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
 
 
 def _model(layers: int, width: int) -> torch.nn.Module:

@@ -15,13 +15,16 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from typing import Any, NoReturn
 
 import numpy as np
 import torch.distributed  # before the forks
+from strangers import Disturbed, Misled
 
 from launcher.collectives.elements import DType, ReduceOp
 from launcher.collectives.group import Group, join
@@ -252,6 +255,7 @@ class Bench:
                         continue
                     if count == 37 or op in (ReduceOp.SUM, ReduceOp.MAX, ReduceOp.AVERAGE):
                         self.allreduce(count, dtype, op)
+        self.allreduce(1_000_003, DType.float32, ReduceOp.SUM)  # more than may be under way at a time
         self.coalesced()
         for scale in (1, 30_001):
             counts = [scale * ((rank + 1) % 3) for rank in range(self.size)]
@@ -400,9 +404,9 @@ def told(error: CollectiveError) -> dict[str, Any]:
     }
 
 
-def fails(how: str, count: int, victim: int) -> dict[str, Any]:
+def fails(how: str, count: int, victim: int, **options: Any) -> dict[str, Any]:
     """``victim`` ends in the middle of many calls; what each other rank is told, and how long after."""
-    group = join("world", RANK, SIZE, store=STORE, timeout_s=3.0 if how == "stopped" else 20.0)
+    group = join("world", RANK, SIZE, store=STORE, timeout_s=3.0 if how == "stopped" else 20.0, **options)
     data = np.zeros(count, np.float32)
     group.barrier()
     began = time.monotonic()
@@ -420,17 +424,48 @@ def fails(how: str, count: int, victim: int) -> dict[str, Any]:
                 elif how == "aborted":
                     group.abort("no more data")
                     return {"reason": "me"}
+                elif how == "thread":
+                    threading.Timer(0.1, group.abort, ["no more data"]).start()
                 elif how == "other":
                     group.broadcast(data.ctypes.data, count, DType.float32, 0)
+            if how == "thread" and step == 25 and victim != RANK:
+                STORE.get("given up")  # until then the victim waits for this rank
             group.allreduce(data.ctypes.data, data.ctypes.data, count, DType.float32)
     except CollectiveError as error:
         shown = {**told(error), "after_s": time.monotonic() - began}
+    if how == "thread" and victim == RANK:
+        STORE.set("given up", b"")
     try:
         group.barrier()
     except CollectiveError as error:
         shown["again"] = told(error)
     group.close()
     return shown
+
+
+def strangers() -> dict[str, Any]:
+    """Connections of others come before those of the group's ranks, and after."""
+    store = Disturbed(STORE, RANK, SIZE) if RANK == SIZE - 1 else STORE
+    group = join("world", RANK, SIZE, store=store, timeout_s=20, leg="sockets")
+    data = np.ones(100_000, np.float32)
+    group.allreduce(data.ctypes.data, data.ctypes.data, data.size, DType.float32)
+    told = json.loads(STORE.get("launcher/0/world/sockets/0"))
+    with socket.create_connection((told["address"], told["port"]), 10) as late:
+        late.sendall(os.urandom(256))
+        group.allreduce(data.ctypes.data, data.ctypes.data, data.size, DType.float32)
+    group.barrier()
+    group.close()
+    return {"ends": [float(data[0]), float(data[-1])], "seen": getattr(store, "seen", [])}
+
+
+def unreachable() -> str:
+    """The last rank is told a wrong port."""
+    store = Misled(STORE) if RANK == SIZE - 1 else STORE
+    try:
+        join("world", RANK, SIZE, store=store, timeout_s=3, leg="sockets")
+    except CollectiveError as error:
+        return f"{error.reason}: {error}"
+    return "joined"
 
 
 def refuses() -> dict[str, Any]:

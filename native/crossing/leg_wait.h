@@ -1,0 +1,45 @@
+// Leg's waiting, for its own sources.
+#ifndef LAUNCHER_CROSSING_LEG_WAIT_H
+#define LAUNCHER_CROSSING_LEG_WAIT_H
+
+#include "leg.h"
+
+namespace launcher::crossing {
+
+// A call of one thread.
+class Leg::Turn {
+ public:
+  explicit Turn(Leg& leg) : lock_(leg.turn_) {
+    if (leg.closed_) {
+      throw LegFailure(-1, Kind::closed, "the connections were closed");
+    }
+  }
+
+ private:
+  std::lock_guard<std::mutex> lock_;
+};
+
+// Moves what there is to move until done(). culprit(): the peer that is waited for now. `streams`: on its streams, else
+// on its control connection.
+template <typename Done, typename Culprit>
+void Leg::await(bool streams, Done done, Culprit culprit) {
+  if (done()) {
+    return;
+  }
+  Patience patience;
+  for (;;) {
+    const bool moved = streams ? move_streams() : move_controls();
+    if (done()) {
+      return;
+    }
+    if (moved) {
+      patience.idle = false;
+    } else {
+      pause(patience, streams, culprit());
+    }
+  }
+}
+
+}  // namespace launcher::crossing
+
+#endif
