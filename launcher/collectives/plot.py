@@ -128,7 +128,8 @@ def png(
     axes.set_ylabel("message / time, GB/s")
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes.grid(color="#dddddd")
-    axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False, fontsize=9)
+    if series:
+        axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False, fontsize=9)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=110)

@@ -20,6 +20,7 @@ using collectives::throw_system;
 
 constexpr int kBacklog = 1024;
 constexpr int kControlBuffer = 512 * 1024;  // a call and a notice fit at once
+constexpr int kUnsent = 512 * 1024;
 constexpr int kIdleS = 15, kIntervalS = 5, kProbes = 4;
 
 socklen_t length_of(sa_family_t family) noexcept {
@@ -168,7 +169,11 @@ void prepare(const Descriptor& socket, bool control) noexcept {
   set(socket, IPPROTO_TCP, TCP_KEEPIDLE, kIdleS);
   set(socket, IPPROTO_TCP, TCP_KEEPINTVL, kIntervalS);
   set(socket, IPPROTO_TCP, TCP_KEEPCNT, kProbes);
-  if (control) {  // the streams' buffers are left to the kernel, which fits them to the path
+  if (!control) {
+    // The buffers are left to the kernel, which fits them to the path; but what it has not sent yet is not to pile up
+    // in the slower one of two streams, while the other one runs out of work.
+    set(socket, IPPROTO_TCP, TCP_NOTSENT_LOWAT, kUnsent);
+  } else {
     set(socket, SOL_SOCKET, SO_SNDBUF, kControlBuffer);
     set(socket, SOL_SOCKET, SO_RCVBUF, kControlBuffer);
   }

@@ -352,7 +352,7 @@ def test_interrupted_while_it_waits(ranks: Any, wait_until: Any) -> None:
         """,
         only=[0],
     )
-    wait_until(lambda: waits_in_join(ranks.processes[0].pid), "rank 0 in join")
+    wait_until(lambda: waits_in_join(ranks.processes[0].pid) and ranks.left(), "rank 0 in join")
     ranks.processes[0].send_signal(signal.SIGINT)
     assert ranks.wait(20)[0].shown == "interrupted"
     assert ranks.left() == ["group-0-world~1~0"]
