@@ -76,13 +76,14 @@ void LocalGroup::allreduce(std::span<const Piece> pieces, DType dtype, ReduceOp 
     copy_in(message, element, choice, 0);
   }
   call.path = static_cast<std::uint8_t>(path);
+  call.choice = static_cast<std::uint8_t>(path == Path::shared ? 0 : pick.index);
   enter(call);
   if (size() == 1) {
     allreduce_alone(pieces, fold, scale);
     count(path, bytes);
     return;
   }
-  const bool agreed = all_take(path);
+  const bool agreed = all_take(path, call.choice);
   if (!agreed) {
     path = Path::pipelined;
     choice = tuner_.choice(0);

@@ -109,7 +109,7 @@ class LocalGroup final : public Group {
   std::uint64_t sequence() const noexcept override { return member_.sequence(); }
   void abort(const std::string& reason) noexcept override {
     if (!member_.forked()) {
-      member_.end_group(Failure::left, rank(), place_of(member_.options(), rank()) + " gave up: " + reason);
+      member_.end_group_as(Failure::left, " gave up: ", reason);
     }
   }
   void close() noexcept override {
@@ -139,9 +139,10 @@ class LocalGroup final : public Group {
   bool may_share(std::size_t bytes) const noexcept {
     return size() > 1 && (forced_ == Path::shared || (forced_ == Path::automatic && bytes >= kSharedBytes));
   }
-  bool all_take(Path path) const noexcept {
+  bool all_take(Path path, std::size_t choice = 0) const noexcept {
     for (int rank = 0; rank < size(); ++rank) {
-      if (member_.call_of(rank).path != static_cast<std::uint8_t>(path)) {
+      const Call& call = member_.call_of(rank);
+      if (call.path != static_cast<std::uint8_t>(path) || call.choice != choice) {
         return false;
       }
     }

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdio>
 #include <cstring>
+#include <new>
 
 namespace launcher::collectives {
 namespace {
@@ -115,8 +116,7 @@ void Member::begin(Operation operation, std::uint64_t bytes) {
 void Member::end(bool threw) noexcept {
   if (threw) {
     // Memory or descriptors may have run out in the middle of the call: the others would wait for its other half.
-    end_group(Failure::system, rank(),
-              place_of(options_, rank()) + " could not finish the call; its own error says why");
+    end_group_as(Failure::system, " could not finish the call; its own error says why", "");
   } else {
     own().finished.store(sequence_, std::memory_order_relaxed);
     const Entry& next = own().entries[(sequence_ + 1) & 1U];
@@ -323,6 +323,14 @@ std::string Member::title() const {
 void Member::end_group(Failure failure, int culprit, const std::string& what) noexcept {
   if (segment_->end(failure, culprit, what)) {
     wake_everyone();
+  }
+}
+
+void Member::end_group_as(Failure failure, const char* what, const std::string& reason) noexcept {
+  try {
+    end_group(failure, rank(), place_of(options_, rank()) + what + reason);
+  } catch (const std::bad_alloc&) {
+    end_group(failure, rank(), "out of memory");  // short enough for a string's own bytes
   }
 }
 

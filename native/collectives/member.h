@@ -80,6 +80,8 @@ class Member {
   [[noreturn]] void fail(Failure failure, int culprit, const std::string& what);
   [[noreturn]] void lost(int rank);  // fails: its process has ended
   void end_group(Failure failure, int culprit, const std::string& what) noexcept;
+  // The same by this rank's own doing, also where memory has run out.
+  void end_group_as(Failure failure, const char* what, const std::string& reason) noexcept;
   void check_usable();
   // Looks for a reason not to wait any longer for `rank`; throws it. `thorough`: also at processes and the clock.
   void check(int rank, bool thorough);

@@ -21,7 +21,7 @@
 
 namespace launcher::collectives {
 
-inline constexpr std::uint32_t kSegmentMagic = 0x4c43'4731;  // "LCG1": another layout is another number
+inline constexpr std::uint32_t kSegmentMagic = 0x4c43'4732;  // "LCG2": another layout is another number
 inline constexpr std::size_t kLine = 128;                    // two lines: prefetchers fetch them in pairs
 inline constexpr std::size_t kFirstSlots = 2;  // for the first block of a call, by the parity of its number
 inline constexpr std::size_t kRingSlots = 4;   // for the blocks after it; why 4: see pipeline.h
@@ -57,6 +57,7 @@ struct Call {
   std::uint32_t measured_ns = 0;     // what the rank measured last; 0: nothing (tuner.h)
   std::uint8_t measured_class = 0;
   std::uint8_t measured_choice = 0;
+  std::uint8_t choice = 0;  // of the tuner's, in this call
 };
 
 struct alignas(kLine) Entry {

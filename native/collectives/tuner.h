@@ -1,5 +1,6 @@
 // Which way of moving private memory is the fastest here: tried on the calls themselves, by size of message. All ranks
-// feed it the same measurements in the same order, so all choose the same. No choice changes a bit of any result.
+// ask and feed it the same in the same order, so all choose the same (and say what, and take the first choice where
+// they do not). No choice changes a bit of any result.
 #ifndef LAUNCHER_COLLECTIVES_TUNER_H
 #define LAUNCHER_COLLECTIVES_TUNER_H
 
