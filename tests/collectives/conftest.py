@@ -31,6 +31,7 @@ import launcher
 from launcher import CollectiveError, Communicator
 from launcher.collectives.elements import DType, ReduceOp
 from launcher.collectives.group import join
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
