@@ -270,9 +270,9 @@ template <typename T>
 constexpr std::size_t kBlock = kWidth == 16 && T::kSize == 2 && T::kFloating ? 1 : 4;
 
 // Lines that another core has written come one by one, each after a wait; a prefetcher follows a stream to the end of
-// its page, and there is one for each of several streams. So long ranges are walked in several places at a time (with
-// two ranks and 256 KiB, 15 to 20 % faster than in one), at distances that are no multiple of a page: places whose
-// addresses differ in nothing but the page number share a set of the first cache.
+// its page, and there is one for each of several streams. So long ranges are walked in several places at a time, at
+// distances that are no multiple of a page: places whose addresses differ in nothing but the page number share a set of
+// the first cache.
 constexpr std::size_t kPlaces = 4;
 constexpr std::size_t kStretch = 64 << 10;  // bytes that are walked together
 constexpr std::size_t kLeastStretch = 16 << 10;
