@@ -36,7 +36,7 @@ OURS_AGAINST = {
 
 def number(value: float) -> str:
     """Three significant digits, no exponent."""
-    if value >= 1000:
+    if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
