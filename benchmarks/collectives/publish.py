@@ -36,9 +36,10 @@ OURS_AGAINST = {
 
 def number(value: float) -> str:
     """Three significant digits, no exponent."""
-    if abs(value) >= 1000:
+    magnitude = abs(value)
+    if magnitude >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if magnitude >= 100 else f"{value:.1f}" if magnitude >= 10 else f"{value:.2f}"
 
 
 def span(values: Sequence[float]) -> str:

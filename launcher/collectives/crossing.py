@@ -117,6 +117,15 @@ def notice_text(notice: dict[str, Any]) -> bytes:
     return text
 
 
+def read_notice(text: bytes) -> dict[str, Any] | None:
+    """The notice that was sent as ``text``, None when it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 class Crossing:
     """This rank's messages to the others in its column.
 
@@ -232,12 +241,7 @@ class Crossing:
         handle, at = self._notices[peer]
         if not self.leg.arrived(handle, limit_s):
             return None
-        text = bytes(self._memory[at : at + NOTICE_BYTES]).rstrip(b"\0")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            return None
-        return value if isinstance(value, dict) else None
+        return read_notice(bytes(self._memory[at : at + NOTICE_BYTES]).rstrip(b"\0"))
 
     def give_up(self, notice: dict[str, Any], orderly: bool = False) -> None:
         """Tells the column why this rank leaves, as far as it can be told, and closes the leg. ``orderly``: nothing

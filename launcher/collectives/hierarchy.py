@@ -180,7 +180,9 @@ class HierarchicalGroup:
     def timeout_s(self, seconds: float) -> None:
         # Inside the host a little longer: whoever waits for a rank that waits for another host is to be told by it.
         self._local.timeout_s = seconds + min(_LATER_S, max(1.0, seconds / 10))  # which refuses what makes no sense
-        self._timeout_s = self._leg.timeout_s = seconds
+        self._timeout_s = seconds
+        if not self._over():
+            self._leg.timeout_s = seconds
 
     # ---- operations
 

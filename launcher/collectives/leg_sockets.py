@@ -13,7 +13,7 @@ import os
 
 from launcher._native import SocketLeg as NativeLeg
 from launcher._native import local_address
-from launcher.collectives.crossing import Crossing, notice_text
+from launcher.collectives.crossing import Crossing, notice_text, read_notice
 from launcher.collectives.legs import LegError
 
 TYPE_CHECKING = False
@@ -49,7 +49,7 @@ class SocketsLeg:
         interface = next((one for one in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if one), "")
         try:
             host = local_address(interface, os.environ.get("MASTER_ADDR", ""))
-            crowded = len(layout.here) > (os.cpu_count() or 1)
+            crowded = len(layout.here) > len(os.sched_getaffinity(0))
             self.native = NativeLeg(
                 hashlib.blake2b(prefix.encode(), digest_size=24).hexdigest(),
                 layout.rank,
@@ -60,11 +60,32 @@ class SocketsLeg:
             )
         except (OSError, ValueError) as error:
             store.set(f"{self._prefix}/{layout.rank}", json.dumps({"error": str(error)}).encode())
-            raise LegError(-1, "system", f"{layout.who(layout.rank)} could not listen: {error}") from error
+            raise LegError(layout.rank, "system", f"{layout.who(layout.rank)} could not listen: {error}") from error
         address, port, asks, answers = self.native.endpoint
         mine = {"address": address, "port": port, "asks": asks.hex(), "answers": answers.hex()}
         store.set(f"{self._prefix}/{layout.rank}", json.dumps(mine).encode())
-        self.connect([peer for _, peer in layout.peers], _STREAMS)
+        try:
+            self.connect([peer for _, peer in layout.peers], _STREAMS)
+        except BaseException as error:
+            self._leave(error)
+            raise
+
+    def _leave(self, error: BaseException) -> None:
+        """Tells those that are connected why the others are not; raises what one of them has told."""
+        layout, told = self._layout, None
+        peer, kind, text = layout.rank, "left", f"could not take part: {type(error).__name__}: {error}"
+        if isinstance(error, LegError):
+            peer, kind, text = error.peer, "lost" if error.kind == "notice" else error.kind, error.text
+            if error.kind in ("lost", "notice"):
+                told = read_notice(self.native.notice_of(peer, 1.0))
+        if told is not None and told.get("rank") in layout.ranks:
+            peer = layout.ranks.index(told["rank"])
+            kind, text = str(told.get("reason", "lost")), str(told.get("text", ""))
+        rank, host = (layout.ranks[peer], layout.names[layout.host_of(peer)]) if peer >= 0 else (-1, "")
+        self.native.give_up(notice_text({"reason": kind, "rank": rank, "host": host, "text": text}), False)
+        if isinstance(error, LegError):
+            named = peer < 0 or text.startswith(layout.who(peer))
+            raise LegError(peer, kind, text if named else f"{layout.who(peer)}: {text}") from error
 
     @property
     def timeout_s(self) -> float:
@@ -155,11 +176,7 @@ class SocketsCrossing(Crossing):
         return self.sent_bytes + native.sent_bytes, self.messages + native.messages
 
     def notice_of(self, peer: int, limit_s: float) -> dict[str, Any] | None:
-        try:
-            value = json.loads(self._native.notice_of(peer, limit_s))
-        except ValueError:
-            return None
-        return value if isinstance(value, dict) else None
+        return read_notice(self._native.notice_of(peer, limit_s))
 
     def give_up(self, notice: dict[str, Any], orderly: bool = False) -> None:
         self._native.give_up(notice_text(notice), orderly)

@@ -26,8 +26,8 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
 class LegError(Exception):
     """A message between hosts could not be carried.
 
-    ``kind``: as of CollectiveError (``lost``, ``left``, ``timeout``, ``mismatch``, ``closed``, ``system``), ``notice``
-    when the peer has said why.
+    ``kind``: as of CollectiveError (``lost``, ``left``, ``timeout``, ``mismatch``, ``interrupted``, ``closed``,
+    ``system``), ``notice`` when the peer has said why.
     """
 
     def __init__(self, peer: int, kind: str, text: str) -> None:

@@ -2,12 +2,15 @@
 
 #include <poll.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <system_error>
+
+#include "system.h"
 
 namespace launcher::crossing {
 namespace {
@@ -22,6 +25,7 @@ constexpr std::size_t kMostStreams = 16;
 constexpr std::size_t kGroupBytes = 64;
 constexpr int kRefusals = 20;
 constexpr auto kAgain = 100ms;
+constexpr auto kProbe = 1s;
 
 struct Hello {
   std::array<char, 8> magic = kMagic;
@@ -53,6 +57,34 @@ std::string seconds(std::chrono::nanoseconds span) {
   std::array<char, 32> text;
   static_cast<void>(std::snprintf(text.data(), text.size(), "%.3g s", std::chrono::duration<double>(span).count()));
   return text.data();
+}
+
+bool exhausted(int error) noexcept { return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM; }
+
+// No peer is to blame for it.
+[[noreturn]] void throw_exhausted(int rank, int error) {
+  std::string text = "it could not make a connection: " + std::generic_category().message(error);
+  rlimit limit{};
+  if (error == EMFILE && ::getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+    text += " (RLIMIT_NOFILE is " + std::to_string(limit.rlim_cur) +
+            "); raise it with ulimit -n, or close files, before the group is made";
+  } else if (error == ENFILE) {
+    text += "; raise fs.file-max on that host";
+  } else {
+    text += "; free memory on that host";
+  }
+  throw LegFailure(rank, Kind::system, text);
+}
+
+// Throws LegFailure when this host has no such address, which may be the scope of an interface.
+Address address_of(const Endpoint& peer) {
+  try {
+    return {peer.host, peer.port};
+  } catch (const std::invalid_argument& error) {
+    throw LegFailure(peer.rank, Kind::system,
+                     peer.who + " listens at an address that this host cannot use: " + error.what() +
+                         "; GLOO_SOCKET_IFNAME names the interface to use");
+  }
 }
 
 std::string place(const Endpoint& peer) { return "at " + peer.host + " port " + std::to_string(peer.port); }
@@ -99,7 +131,10 @@ std::array<std::byte, Gate::kReply> Gate::reply() const {
 
 void Gate::accept_some() {
   for (;;) {
-    Descriptor socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    Socket socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (!socket && exhausted(errno)) {
+      throw_exhausted(own_.rank, errno);
+    }
     if (!socket) {
       return;  // none is left, or this one has gone again
     }
@@ -148,13 +183,24 @@ bool Gate::read_hello(Incoming& one, Links& links) {
   return false;
 }
 
+Socket Gate::dial(const Address& to) const {
+  try {
+    return begin_connect(to);
+  } catch (const std::system_error& error) {
+    if (exhausted(error.code().value())) {
+      throw_exhausted(own_.rank, error.code().value());
+    }
+    throw;
+  }
+}
+
 void Gate::advance(Outgoing& one, std::size_t streams) {
   try {
     if (!one.socket) {
       if (Clock::now() >= one.again) {
         one.greeted = false;
         one.have = 0;
-        one.socket = begin_connect(Address(one.peer->host, one.peer->port));
+        one.socket = dial(one.address);
       }
       return;
     }
@@ -174,7 +220,7 @@ void Gate::advance(Outgoing& one, std::size_t streams) {
     one.greeted = true;
   } catch (const std::system_error& error) {
     one.trouble = error.code().message();
-    one.socket = Descriptor();
+    one.socket = Socket();
     one.again = Clock::now() + kAgain;
     ++one.refused;
   }
@@ -191,7 +237,7 @@ bool Gate::read_reply(Outgoing& one, Links& links, std::size_t streams) {
   std::memcpy(answer.data(), one.reply.data() + kMagic.size(), answer.size());
   if (found <= 0 || (one.have == kReply && !same(answer, one.peer->answers))) {
     one.trouble = found < 0 ? std::generic_category().message(errno) : "it is not the one that was to be there";
-    one.socket = Descriptor();
+    one.socket = Socket();
     one.again = Clock::now() + kAgain;
     ++one.refused;
     return false;
@@ -208,6 +254,41 @@ bool Gate::read_reply(Outgoing& one, Links& links, std::size_t streams) {
   return true;
 }
 
+void Gate::probe(Probe& one) {
+  if (!one.socket && Clock::now() < one.again) {
+    return;
+  }
+  int error = 0;
+  if (!one.socket) {
+    try {
+      one.socket = dial(one.address);
+    } catch (const std::system_error& refused) {
+      error = refused.code().value();
+    }
+  }
+  std::byte nothing;
+  const ssize_t found = error != 0 ? -1 : ::recv(one.socket.get(), &nothing, sizeof nothing, MSG_DONTWAIT);
+  if (error == 0 && found < 0) {
+    error = errno;
+  }
+  if (error == EAGAIN || error == EINTR) {
+    return;  // it is being connected, or is and stays so
+  }
+  one.socket = Socket();
+  if (error == ECONNREFUSED) {
+    if (++one.refused > 1 || one.reached) {
+      throw LegFailure(one.peer->rank, Kind::lost,
+                       one.peer->who + " has not connected and no longer listens " + place(*one.peer) +
+                           "; see whether it is still alive, and whether the hosts may connect");
+    }
+    one.again = Clock::now() + kProbe;
+  } else {
+    // Closed by its end, or since nothing was said.
+    one.reached = one.reached || error == 0 || error == ECONNRESET;
+    one.again = Clock::now() + (one.reached ? 0s : kProbe);
+  }
+}
+
 void Gate::connect(std::span<const Endpoint> peers, std::size_t streams, Links& links, std::chrono::nanoseconds limit,
                    const std::function<void()>& look) {
   std::vector<Outgoing> outgoing;
@@ -215,9 +296,18 @@ void Gate::connect(std::span<const Endpoint> peers, std::size_t streams, Links& 
     const auto found = links.find(peer.rank);
     return found != links.end() && found->second->complete();
   };
+  std::vector<Probe> probes;
   for (const Endpoint& peer : peers) {
-    for (std::size_t stream = 0; peer.rank < own_.rank && !ready(peer) && stream <= streams; ++stream) {
-      outgoing.push_back({&peer, stream, Descriptor()});
+    if (ready(peer)) {
+      continue;
+    }
+    const Address address = address_of(peer);
+    if (peer.rank > own_.rank) {
+      probes.push_back({&peer, address, Clock::now() + kProbe});
+      continue;
+    }
+    for (std::size_t stream = 0; stream <= streams; ++stream) {
+      outgoing.push_back({&peer, address, stream, Socket()});
     }
   }
   const auto deadline = Clock::now() + limit;
@@ -240,9 +330,12 @@ void Gate::connect(std::span<const Endpoint> peers, std::size_t streams, Links& 
                            given_up->trouble + "; see whether it is still alive, and whether the hosts may connect");
     }
     if (Clock::now() >= deadline) {
+      const std::string what =
+          missing->rank > own_.rank ? " did not connect" : " could not be reached " + place(*missing);
       throw LegFailure(missing->rank, Kind::timeout,
-                       missing->who + " could not be connected " + place(*missing) + " within " + seconds(limit) +
-                           trouble + "; see whether the hosts may connect to each other at all ports");
+                       missing->who + what + " within " + seconds(limit) + trouble +
+                           "; see whether it is still alive, and whether the hosts may connect to each other at all "
+                           "ports");
     }
     std::vector<pollfd> polled{{listener_.get(), POLLIN, 0}};
     for (const Incoming& one : incoming_) {
@@ -264,6 +357,13 @@ void Gate::connect(std::span<const Endpoint> peers, std::size_t streams, Links& 
     });
     if (Clock::now() >= next_look) {
       look();
+      for (Probe& one : probes) {
+        if (!ready(*one.peer)) {
+          probe(one);
+        } else {
+          one.socket = Socket();
+        }
+      }
       next_look = Clock::now() + 50ms;
     }
   }

@@ -40,26 +40,27 @@ class Gate {
   Gate(const std::string& group, int rank, int size, const std::string& host);
   const Endpoint& own() const noexcept { return own_; }
   // Connects to those of the peers that `links` lacks, over `streams` streams each; all of them call it. `look` is
-  // called about every 50 ms, and may throw. Throws LegFailure naming the peer that was not reached.
+  // called about every 50 ms, and may throw. Throws LegFailure naming the peer that was not reached, or this rank when
+  // it has no descriptors left.
   void connect(std::span<const Endpoint> peers, std::size_t streams, Links& links, std::chrono::nanoseconds limit,
                const std::function<void()>& look);
-  void close() noexcept { listener_ = Descriptor(); }
-  void abandon() noexcept { close(); }
+  void close() noexcept { listener_ = Socket(); }
 
  private:
   static constexpr std::size_t kHello = 256;
   static constexpr std::size_t kReply = 32;
   using Clock = std::chrono::steady_clock;
   struct Incoming {
-    Descriptor socket;
+    Socket socket;
     Clock::time_point deadline;
     std::size_t have = 0;
     std::array<std::byte, kHello> hello{};
   };
   struct Outgoing {
     const Endpoint* peer;
+    Address address;
     std::size_t stream;
-    Descriptor socket;
+    Socket socket;
     bool greeted = false;
     std::size_t have = 0;
     std::array<std::byte, kReply> reply{};
@@ -67,17 +68,29 @@ class Gate {
     Clock::time_point again{};
     std::string trouble = {};
   };
+  // Of a peer that has to connect to this rank: where it listens, a connection that says nothing ends with it.
+  struct Probe {
+    const Endpoint* peer;
+    Address address;
+    Clock::time_point again;
+    Socket socket = {};
+    bool reached = false;
+    int refused = 0;
+  };
   std::array<std::byte, kHello> hello_to(const Endpoint& peer, std::size_t stream, std::size_t streams) const;
   std::array<std::byte, kReply> reply() const;
   void accept_some();
   bool read_hello(Incoming& one, Links& links);  // false: it is to be dropped, or has become part of a link
   void advance(Outgoing& one, std::size_t streams);
   bool read_reply(Outgoing& one, Links& links, std::size_t streams);
+  void probe(Probe& one);  // throws when the peer is gone
+  // To a peer; throws LegFailure for what this rank lacks itself, std::system_error for the rest.
+  Socket dial(const Address& to) const;
 
   std::string group_;
   int size_;
   Endpoint own_;
-  Descriptor listener_;
+  Socket listener_;
   std::vector<Incoming> incoming_;
 };
 

@@ -1,7 +1,6 @@
 #include "leg.h"
 
 #include <poll.h>
-#include <pthread.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -9,7 +8,7 @@
 #include <array>
 #include <cstdio>
 #include <cstring>
-#include <set>
+#include <new>
 #include <thread>
 #include <utility>
 
@@ -27,30 +26,6 @@ constexpr auto kFarewell = 500ms;      // to tell the others
 constexpr auto kOtherThread = 1s;      // until it has seen that the leg was given up
 constexpr unsigned kPollsBetween = 8;  // looks at the clock
 
-// A fork's child must not hold connections: its parent's end would not be seen by the peers.
-std::mutex& registry_lock() {
-  static std::mutex lock;
-  return lock;
-}
-std::set<Leg*>& registry() {
-  static std::set<Leg*> legs;
-  return legs;
-}
-
-void watch_forks() {
-  static const bool watched = [] {
-    ::pthread_atfork([] { registry_lock().lock(); }, [] { registry_lock().unlock(); },
-                     [] {
-                       for (Leg* leg : registry()) {
-                         leg->abandon();
-                       }
-                       registry_lock().unlock();
-                     });
-    return true;
-  }();
-  static_cast<void>(watched);
-}
-
 std::string seconds(std::chrono::nanoseconds span) {
   std::array<char, 32> text;
   static_cast<void>(std::snprintf(text.data(), text.size(), "%.1f s", std::chrono::duration<double>(span).count()));
@@ -66,40 +41,9 @@ Leg::Leg(Options options)
   if (!bell_) {
     collectives::throw_system("eventfd");
   }
-  watch_forks();
-  const std::lock_guard lock(registry_lock());
-  registry().insert(this);
 }
 
-Leg::~Leg() {
-  const std::lock_guard lock(registry_lock());
-  registry().erase(this);
-}
-
-void Leg::abandon() noexcept {
-  gate_.abandon();
-  for (Link* one : active_) {
-    one->abandon();
-  }
-  active_.clear();
-  closed_ = true;
-}
-
-void Leg::connect(std::span<const Endpoint> peers, std::size_t streams) {
-  const Turn turn(*this);
-  Patience patience;
-  gate_.connect(peers, streams, links_, options_.timeout, [&] {
-    check_stopped();
-    if (options_.interrupted && options_.interrupted()) {
-      throw LegFailure(-1, Kind::interrupted, "interrupted");
-    }
-    move_controls();
-    for (const Link* one : active_) {
-      if (one->troubled()) {
-        ended(*one);
-      }
-    }
-  });
+void Leg::list_active() {
   active_.clear();
   for (const auto& [peer, one] : links_) {
     if (one->complete()) {
@@ -108,8 +52,29 @@ void Leg::connect(std::span<const Endpoint> peers, std::size_t streams) {
   }
 }
 
+void Leg::connect(std::span<const Endpoint> peers, std::size_t streams) {
+  const Turn turn(*this);
+  gate_.connect(peers, streams, links_, options_.timeout, [&] {
+    check_stopped();
+    if (options_.interrupted && options_.interrupted()) {
+      throw LegFailure(-1, Kind::interrupted, "interrupted");
+    }
+    list_active();
+    move_controls();
+    for (const auto& [peer, one] : links_) {
+      if (one->has(0) && !one->complete()) {
+        one->receive_control();
+      }
+      if (one->troubled()) {
+        ended(*one);
+      }
+    }
+  });
+  list_active();
+}
+
 bool Leg::connected(int peer) const noexcept {
-  const auto found = links_.find(peer);
+  const auto found = forked() ? links_.end() : links_.find(peer);
   return found != links_.end() && found->second->complete();
 }
 
@@ -283,10 +248,14 @@ void Leg::look(Patience& patience, Clock::time_point now, bool streams, int peer
   if (found != links_.end() && (streams ? found->second->streams_over() : found->second->calls_over())) {
     ended(*found->second);
   }
-  if (now < patience.next_look) {
+  if (now < next_look_) {
     return;
   }
-  patience.next_look = now + kLook;
+  next_look_ = now + kLook;
+  if (found != links_.end() && found->second->moves() != patience.moves) {
+    patience.moves = found->second->moves();
+    patience.began = now;
+  }
   const auto waited = now - patience.began;
   if (found != links_.end() && waited > kObjection && !found->second->objection().empty()) {
     throw LegFailure(peer, Kind::mismatch, found->second->objection());
@@ -307,10 +276,22 @@ void Leg::look(Patience& patience, Clock::time_point now, bool streams, int peer
   }
 }
 
+void Leg::glance(Patience& patience, bool streams, int peer) {
+  const auto now = Clock::now();
+  if (now < next_look_) {
+    return;
+  }
+  check_stopped();
+  move_controls();
+  look(patience, now, streams, peer);
+}
+
 void Leg::pause(Patience& patience, bool streams, int peer) {
   check_stopped();
   if (!patience.idle) {
-    patience = Patience();
+    patience.polling = Clock::now();
+    patience.polls = 0;
+    patience.idle = true;
   }
   collectives::relax();
   if (++patience.polls % kPollsBetween != 0) {
@@ -350,9 +331,12 @@ void Leg::sleep(bool streams) {
 // ---- the end
 
 std::vector<std::byte> Leg::notice_of(int peer, std::chrono::nanoseconds limit) {
+  if (forked()) {
+    return {};
+  }
   const std::lock_guard lock(turn_);
   const auto found = links_.find(peer);
-  if (found == links_.end() || closed_ || !found->second->complete()) {
+  if (found == links_.end() || closed_ || !found->second->has(0)) {
     return {};
   }
   Link& from = *found->second;
@@ -366,7 +350,27 @@ std::vector<std::byte> Leg::notice_of(int peer, std::chrono::nanoseconds limit) 
   return from.notice_text();
 }
 
+void Leg::say_farewell(std::span<const std::byte> notice, bool orderly) {
+  for (const auto& [peer, link] : links_) {
+    if (link->has(0)) {
+      link->notice(notice.first(std::min(notice.size(), kNoticeBytes)), orderly);
+    }
+  }
+  const auto end = Clock::now() + kFarewell;
+  for (const auto& [peer, link] : links_) {
+    while (link->sending() && !link->calls_over() && Clock::now() < end) {
+      if (!link->send_control()) {
+        pollfd polled{link->control(), POLLOUT, 0};
+        static_cast<void>(::poll(&polled, 1, 10));
+      }
+    }
+  }
+}
+
 void Leg::give_up(std::span<const std::byte> notice, bool orderly) noexcept {
+  if (forked()) {
+    return;  // neither the bell nor the peers are this process's
+  }
   stopped_.store(true, std::memory_order_relaxed);
   const std::uint64_t one = 1;
   static_cast<void>(!::write(bell_.get(), &one, sizeof one));
@@ -375,26 +379,19 @@ void Leg::give_up(std::span<const std::byte> notice, bool orderly) noexcept {
     std::this_thread::sleep_for(1ms);
     static_cast<void>(lock.try_lock());
   }
-  if (!lock) {
-    return;  // it ends its call by itself, and this rank's end closes the connections
+  if (!lock || closed_) {
+    return;  // not locked: it ends its call by itself, and this rank's end closes the connections
   }
-  if (!closed_) {
-    closed_ = true;
-    for (Link* link : active_) {
-      link->notice(notice.first(std::min(notice.size(), kNoticeBytes)), orderly);
-    }
-    const auto end = Clock::now() + kFarewell;
-    for (Link* link : active_) {
-      while (link->sending() && !link->calls_over() && Clock::now() < end) {
-        if (!link->send_control()) {
-          pollfd polled{link->control(), POLLOUT, 0};
-          static_cast<void>(::poll(&polled, 1, 10));
-        }
-      }
-      link->shut();
-    }
-    gate_.close();
+  closed_ = true;
+  try {
+    say_farewell(notice, orderly);
+  } catch (const std::bad_alloc&) {
+    // The peers see the connections end, and not why.
   }
+  for (const auto& [peer, link] : links_) {
+    link->shut();
+  }
+  gate_.close();
 }
 
 }  // namespace launcher::crossing

@@ -25,6 +25,7 @@
 #include "kernels.h"
 #include "launcher/elements.h"
 #include "link.h"
+#include "system.h"
 
 namespace launcher::crossing {
 
@@ -55,7 +56,6 @@ class Leg {
   explicit Leg(Options options);
   Leg(const Leg&) = delete;
   Leg& operator=(const Leg&) = delete;
-  ~Leg();
 
   const Endpoint& own() const noexcept { return gate_.own(); }
   // Connects to those of `peers` that it is not connected to, over `streams` streams each. All of them call it.
@@ -85,9 +85,11 @@ class Leg {
   // ---- the end
   // What `peer` has said about why it gave up, as far as it comes within `limit`. Empty: nothing.
   std::vector<std::byte> notice_of(int peer, std::chrono::nanoseconds limit);
-  // Tells all peers and closes the connections; a call of another thread fails. `orderly`: nothing went wrong.
+  // Tells all peers, those too that are not connected fully, and closes the connections; a call of another thread
+  // fails. `orderly`: nothing went wrong.
   void give_up(std::span<const std::byte> notice, bool orderly) noexcept;
-  void abandon() noexcept;  // in a forked child
+  // In a fork's child the connections are its parent's and closed: calls throw, and destroying the leg is not safe.
+  bool forked() const noexcept { return generation_ != collectives::fork_generation(); }
 
   std::uint64_t sent_bytes() const noexcept { return sent_bytes_; }
   std::uint64_t messages() const noexcept { return messages_; }
@@ -98,10 +100,10 @@ class Leg {
   using Clock = std::chrono::steady_clock;
   // One wait: when it began, and whom it is for.
   struct Patience {
-    Clock::time_point began = Clock::now();
+    Clock::time_point began = Clock::now();  // or when something was last seen to move to or from the peer
     Clock::time_point polling = began;
-    Clock::time_point next_look = began;
     Clock::time_point next_question = began + std::chrono::seconds(1);
+    std::uint64_t moves = 0;  // of the peer's link, when it was looked at
     unsigned polls = 0;
     bool idle = true;
   };
@@ -115,9 +117,13 @@ class Leg {
   // Nothing moved: polls on, or sleeps. Throws what ends the wait for `peer`.
   void pause(Patience& patience, bool streams, int peer);
   void look(Patience& patience, Clock::time_point now, bool streams, int peer);
+  // Something moved: looks all the same, about as often.
+  void glance(Patience& patience, bool streams, int peer);
   [[noreturn]] void ended(const Link& link) const;
   void sleep(bool streams);
   void check_stopped() const;
+  void list_active();
+  void say_farewell(std::span<const std::byte> notice, bool orderly);
 
   void send_call(const Header& header, const void* address, std::size_t bytes, int peer);
   const std::byte* take_call(const Header& header, int peer, std::size_t bytes);
@@ -148,7 +154,9 @@ class Leg {
   std::size_t scaled_bytes_ = 0;
   std::vector<const void*> sources_;
   std::uint64_t sent_bytes_ = 0, messages_ = 0, short_calls_ = 0, long_calls_ = 0;
-  Descriptor bell_;  // rung by give_up()
+  Socket bell_;  // rung by give_up()
+  const std::uint64_t generation_ = collectives::fork_generation();
+  Clock::time_point next_look_{};  // lasts longer than a wait: long messages are many short ones
   std::mutex turn_;
   std::atomic<bool> stopped_{false};
   bool closed_ = false;

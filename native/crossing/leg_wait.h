@@ -9,13 +9,21 @@ namespace launcher::crossing {
 // A call of one thread.
 class Leg::Turn {
  public:
-  explicit Turn(Leg& leg) : lock_(leg.turn_) {
+  explicit Turn(Leg& leg) : lock_(checked(leg).turn_) {
     if (leg.closed_) {
       throw LegFailure(-1, Kind::closed, "the connections were closed");
     }
   }
 
  private:
+  // Before the lock, which another thread may have held when the process was forked.
+  static Leg& checked(Leg& leg) {
+    if (leg.forked()) {
+      throw LegFailure(-1, Kind::closed, "the connections belong to the process that made them; this is a fork of it");
+    }
+    return leg;
+  }
+
   std::lock_guard<std::mutex> lock_;
 };
 
@@ -34,6 +42,7 @@ void Leg::await(bool streams, Done done, Culprit culprit) {
     }
     if (moved) {
       patience.idle = false;
+      glance(patience, streams, culprit());
     } else {
       pause(patience, streams, culprit());
     }

@@ -190,11 +190,11 @@ Link::Link(int peer, std::size_t streams)
       inbox_(std::make_unique_for_overwrite<std::byte[]>(kInboxBytes)),
       room_(kInboxBytes) {
   for (std::size_t index = 0; index < streams; ++index) {
-    streams_.emplace_back(Descriptor());
+    streams_.emplace_back(Socket());
   }
 }
 
-void Link::set(std::size_t index, Descriptor socket) {
+void Link::set(std::size_t index, Socket socket) {
   if (index == 0) {
     control_ = std::move(socket);
   } else {
@@ -245,6 +245,7 @@ bool Link::move_streams() {
       moved = stream.receive(*this) || moved;
     }
   }
+  moves_ += moved ? 1 : 0;
   return moved;
 }
 
@@ -304,6 +305,7 @@ bool Link::send_control() {
     return false;
   }
   out_begin_ += static_cast<std::size_t>(found);
+  ++moves_;
   return found > 0;
 }
 
@@ -321,6 +323,7 @@ bool Link::receive_control() {
     return false;
   }
   end_ += static_cast<std::size_t>(found);
+  ++moves_;
   parse();
   return true;
 }
@@ -389,11 +392,6 @@ void Link::shut() noexcept {
   for (LaneState& lane : lanes_) {
     lane.clear();
   }
-}
-
-void Link::abandon() noexcept {
-  control_ = Descriptor();
-  streams_.clear();
 }
 
 bool Link::unanswered() const noexcept {

@@ -12,11 +12,9 @@
 #include <vector>
 
 #include "frame.h"
-#include "system.h"
+#include "socket.h"
 
 namespace launcher::crossing {
-
-using collectives::Descriptor;
 
 // A message that is being sent, or one that is awaited.
 struct Request {
@@ -51,7 +49,7 @@ class Link;
 // One of the connections for long messages.
 class Stream {
  public:
-  explicit Stream(Descriptor socket) noexcept : socket_(std::move(socket)) {}
+  explicit Stream(Socket socket) : socket_(std::move(socket)) {}
   int descriptor() const noexcept { return socket_.get(); }
   void queue(const Pending& request, std::uint32_t lane, std::uint64_t sequence, std::size_t offset);
   bool sending() const noexcept { return !out_.empty(); }
@@ -73,7 +71,7 @@ class Stream {
   bool match(Link& link);
   void finished(Link& link);
 
-  Descriptor socket_;
+  Socket socket_;
   std::deque<Piece> out_;
   std::size_t sent_ = 0;  // of the first piece, its frame included
   Frame frame_;
@@ -89,10 +87,13 @@ class Link {
  public:
   Link(int peer, std::size_t streams);
   int peer() const noexcept { return peer_; }
-  void set(std::size_t index, Descriptor socket);  // 0: control
+  void set(std::size_t index, Socket socket);  // 0: control
   bool complete() const noexcept { return missing_ == 0; }
   bool has(std::size_t index) const noexcept { return index < taken_.size() && taken_[index]; }
   std::size_t connections() const noexcept { return taken_.size(); }
+
+  // Grows whenever anything goes to the peer or comes from there.
+  std::uint64_t moves() const noexcept { return moves_; }
 
   // ---- long messages
   Pending send(const void* address, std::size_t bytes, std::uint32_t lane);
@@ -131,7 +132,6 @@ class Link {
   void object(const std::string& what) { objection_ = what; }
   const std::string& objection() const noexcept { return objection_; }
   void shut() noexcept;              // says that nothing more comes
-  void abandon() noexcept;           // after fork(): the child holds no connection of its parent's
   bool unanswered() const noexcept;  // for kUnansweredMs by the peer's machine
 
  private:
@@ -143,10 +143,11 @@ class Link {
   void parse();
 
   int peer_;
-  Descriptor control_;
+  Socket control_;
   std::vector<Stream> streams_;
   std::vector<bool> taken_;
   std::size_t missing_;
+  std::uint64_t moves_ = 0;
   std::array<LaneState, kLanes> lanes_;
   std::vector<std::byte> out_;  // of the control connection, what the kernel did not take
   std::size_t out_begin_ = 0;

@@ -13,6 +13,8 @@
 #include <memory>
 #include <stdexcept>
 
+#include "system.h"
+
 namespace launcher::crossing {
 namespace {
 
@@ -76,7 +78,7 @@ std::string address_toward(const std::string& toward) {
   }
   const std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)> list(found, &::freeaddrinfo);
   for (const addrinfo* one = found; one != nullptr; one = one->ai_next) {
-    const Descriptor socket(::socket(one->ai_family, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+    const Socket socket(::socket(one->ai_family, SOCK_DGRAM | SOCK_CLOEXEC, 0));
     Address own;
     own.length = sizeof own.storage;
     // A datagram socket sends nothing when it is connected: it only looks for the route.
@@ -89,7 +91,7 @@ std::string address_toward(const std::string& toward) {
   return "";
 }
 
-void set(const Descriptor& socket, int level, int option, int value) noexcept {
+void set(const Socket& socket, int level, int option, int value) noexcept {
   static_cast<void>(::setsockopt(socket.get(), level, option, &value, sizeof value));
 }
 
@@ -139,9 +141,9 @@ std::string local_address(const std::string& interface, const std::string& towar
   return found.empty() ? "127.0.0.1" : found;
 }
 
-Descriptor listen_at(const std::string& host, Address& bound) {
+Socket listen_at(const std::string& host, Address& bound) {
   const Address wish(host, 0);
-  Descriptor socket(::socket(wish.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  Socket socket(::socket(wish.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!socket || ::bind(socket.get(), wish.get(), wish.length) != 0 || ::listen(socket.get(), kBacklog) != 0) {
     throw_system("listening at " + host);
   }
@@ -152,8 +154,8 @@ Descriptor listen_at(const std::string& host, Address& bound) {
   return socket;
 }
 
-Descriptor begin_connect(const Address& to) {
-  Descriptor socket(::socket(to.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+Socket begin_connect(const Address& to) {
+  Socket socket(::socket(to.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!socket) {
     throw_system("socket");
   }
@@ -163,7 +165,7 @@ Descriptor begin_connect(const Address& to) {
   return socket;
 }
 
-void prepare(const Descriptor& socket, bool control) noexcept {
+void prepare(const Socket& socket, bool control) noexcept {
   set(socket, IPPROTO_TCP, TCP_NODELAY, 1);
   set(socket, SOL_SOCKET, SO_KEEPALIVE, 1);
   set(socket, IPPROTO_TCP, TCP_KEEPIDLE, kIdleS);

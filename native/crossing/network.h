@@ -7,11 +7,9 @@
 #include <cstdint>
 #include <string>
 
-#include "system.h"
+#include "socket.h"
 
 namespace launcher::crossing {
-
-using collectives::Descriptor;
 
 // A numeric address (IPv4, IPv6, the latter also with a scope) with a port. Throws std::invalid_argument.
 struct Address {
@@ -30,13 +28,13 @@ struct Address {
 std::string local_address(const std::string& interface, const std::string& toward);
 
 // Listens at `host`, at a port that the system chooses; `bound` gets both. Throws std::system_error.
-Descriptor listen_at(const std::string& host, Address& bound);
+Socket listen_at(const std::string& host, Address& bound);
 
 // Begins to connect without waiting. Throws std::system_error.
-Descriptor begin_connect(const Address& to);
+Socket begin_connect(const Address& to);
 
 // What every connection of a leg is set to: no delay for short messages, and the end of an idle peer is noticed.
-void prepare(const Descriptor& socket, bool control) noexcept;
+void prepare(const Socket& socket, bool control) noexcept;
 
 }  // namespace launcher::crossing
 

@@ -2,18 +2,12 @@
 
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <exception>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <system_error>
@@ -21,6 +15,7 @@
 #include <vector>
 
 #include "module.h"
+#include "waiting.h"
 
 namespace launcher::python {
 namespace {
@@ -56,67 +51,6 @@ const char* name_of(Failure failure) noexcept {
     Py_DECREF(arguments);
   }
   throw nb::python_error();
-}
-
-// Set when the interpreter is about to be taken down. A thread other than the main one would then be ended inside
-// PyEval_RestoreThread by an unwinding that C++ frames turn into std::terminate; it sleeps in place of that.
-std::atomic<bool> ending{false};
-
-bool on_main_thread() noexcept { return ::syscall(SYS_gettid) == ::getpid(); }
-
-class Unlocked {
- public:
-  Unlocked() noexcept : state_(PyEval_SaveThread()) {}
-  Unlocked(const Unlocked&) = delete;
-  Unlocked& operator=(const Unlocked&) = delete;
-  ~Unlocked() {
-    if (ending.load(std::memory_order_relaxed) && !on_main_thread()) {
-      for (;;) {
-        ::pause();
-      }
-    }
-    PyEval_RestoreThread(state_);
-  }
-
- private:
-  PyThreadState* state_;
-};
-
-// What a signal handler in Python raised while a call was waiting.
-class Interruption {
- public:
-  // Called without the GIL, on the thread that waits. Python runs signal handlers on the main thread only, so no other
-  // thread need fetch the GIL for it.
-  bool operator()() {
-    if (!on_main_thread()) {
-      return false;
-    }
-    nb::gil_scoped_acquire locked;
-    if (PyErr_CheckSignals() == 0) {
-      return false;
-    }
-    raised_.emplace();
-    return true;
-  }
-
-  void rethrow() {
-    if (raised_) {
-      nb::python_error error = *std::move(raised_);
-      raised_.reset();
-      throw nb::python_error(std::move(error));
-    }
-  }
-
- private:
-  std::optional<nb::python_error> raised_;
-};
-
-std::chrono::nanoseconds to_timeout(double seconds) {
-  if (!(seconds > 0)) {
-    throw std::invalid_argument("timeout_s is " + std::to_string(seconds) + "; expected more than 0 seconds");
-  }
-  constexpr double longest = 1e9;  // some thirty years; what is more would not fit
-  return std::chrono::nanoseconds(static_cast<std::int64_t>(std::min(seconds, longest) * 1e9));
 }
 
 DType to_dtype(int number) {
@@ -161,13 +95,13 @@ void* to_pointer(Address address) noexcept { return reinterpret_cast<void*>(addr
 
 // Runs `work` without the GIL; its errors become Python's.
 template <typename Work>
-auto unlocked(Interruption& interruption, Work&& work) {
+auto unlocked(Signals& signals, Work&& work) {
   try {
-    Unlocked free;
+    WithoutGil free;
     return work();
   } catch (const GroupError& error) {
     if (error.failure() == Failure::interrupted) {
-      interruption.rethrow();
+      signals.rethrow();
     }
     raise(error);
   } catch (const std::system_error& error) {
@@ -179,7 +113,7 @@ class LocalGroup {
  public:
   LocalGroup(const std::string& directory, const std::string& name, int rank, int size, std::vector<int> ranks,
              const std::string& host, double timeout_s, nb::object page)
-      : page_(std::move(page)), name_(name), timeout_s_(timeout_s), interruption_(std::make_shared<Interruption>()) {
+      : page_(std::move(page)), name_(name), timeout_s_(timeout_s), signals_(std::make_shared<Signals>()) {
     collectives::Options options;
     options.directory = directory;
     options.name = name;
@@ -187,10 +121,10 @@ class LocalGroup {
     options.size = size;
     options.ranks = std::move(ranks);
     options.host = host;
-    options.timeout = to_timeout(timeout_s);
-    options.interrupted = [interruption = interruption_] { return (*interruption)(); };
+    options.timeout = timeout_of(timeout_s);
+    options.interrupted = [signals = signals_] { return (*signals)(); };
     options.page = page_.is_none() ? nullptr : nb::cast<StatusPage*>(page_);
-    group_ = unlocked(*interruption_, [&] { return Group::join(std::move(options)); });
+    group_ = unlocked(*signals_, [&] { return Group::join(std::move(options)); });
   }
 
   LocalGroup(const LocalGroup&) = delete;
@@ -198,7 +132,7 @@ class LocalGroup {
 
   ~LocalGroup() {
     if (group_ != nullptr) {
-      Unlocked free;
+      WithoutGil free;
       group_.reset();
     }
   }
@@ -207,14 +141,14 @@ class LocalGroup {
   template <typename Work>
   auto call(Work&& work) {
     const Turn turn(*this);
-    return unlocked(*interruption_, std::forward<Work>(work));
+    return unlocked(*signals_, std::forward<Work>(work));
   }
 
   Group& group() noexcept { return *group_; }
   const std::string& name() const noexcept { return name_; }
   double timeout_s() const noexcept { return timeout_s_; }
   void set_timeout_s(double seconds) {
-    const auto timeout = to_timeout(seconds);
+    const auto timeout = timeout_of(seconds);
     const Turn turn(*this);
     group_->set_timeout(timeout);
     timeout_s_ = seconds;
@@ -244,7 +178,7 @@ class LocalGroup {
   std::string name_;
   double timeout_s_;
   bool busy_ = false;
-  std::shared_ptr<Interruption> interruption_;
+  std::shared_ptr<Signals> signals_;
   std::unique_ptr<Group> group_;
 };
 
@@ -362,8 +296,7 @@ void bind_collectives(nb::module_& module) {
   using nb::arg;
   // A group that is still there when the process ends is no leak: its memory goes with the process.
   nb::set_leak_warnings(false);
-  nb::module_::import_("atexit").attr("register")(
-      nb::cpp_function([] { ending.store(true, std::memory_order_relaxed); }));
+  watch_interpreter();
 
   nb::class_<LocalGroup>(module, "LocalGroup", "Ranks of one host; see launcher.collectives.group.Group.")
       .def(nb::init<const std::string&, const std::string&, int, int, std::vector<int>, const std::string&, double,

@@ -99,6 +99,14 @@ class SocketLeg {
     leg_ = guarded([&] { return std::make_unique<crossing::Leg>(std::move(options)); });
   }
 
+  SocketLeg(const SocketLeg&) = delete;
+  SocketLeg& operator=(const SocketLeg&) = delete;
+  ~SocketLeg() {
+    if (leg_->forked()) {
+      static_cast<void>(leg_.release());  // another thread of the parent may have been changing it
+    }
+  }
+
   crossing::Leg& leg() noexcept { return *leg_; }
   double timeout_s() const noexcept { return timeout_s_; }
   void set_timeout_s(double seconds) {
@@ -138,6 +146,16 @@ class SocketLeg {
   std::shared_ptr<Signals> signals_;
   std::unique_ptr<crossing::Leg> leg_;
 };
+
+// It may ask a name server.
+std::string find_local_address(const std::string& interface, const std::string& toward) {
+  try {
+    const WithoutGil free;
+    return crossing::local_address(interface, toward);
+  } catch (const std::system_error& error) {
+    raise(error);
+  }
+}
 
 void connect(SocketLeg& self, const std::vector<Peer>& peers, std::size_t streams) {
   std::vector<crossing::Endpoint> endpoints;
@@ -186,8 +204,7 @@ crossing::Plan make_plan(int dtype, int op, int fold_op, double prescale, double
 
 void bind_sockets(nb::module_& module) {
   using nb::arg;
-  watch_interpreter();
-  module.def("local_address", &crossing::local_address, arg("interface"), arg("toward"),
+  module.def("local_address", &find_local_address, arg("interface"), arg("toward"),
              "The numeric address that other hosts reach this one by; see native/crossing/network.h.");
   nb::class_<Message>(module, "Message", "A message under way.").def_prop_ro("done", [](const Message& self) {
     return self.request->done;

@@ -183,6 +183,31 @@ void late() {
   }
 }
 
+// Nobody connects to a rank of a higher number.
+void absent() {
+  Options options;
+  options.group = "test";
+  options.size = 2;
+  options.host = "127.0.0.1";
+  options.timeout = std::chrono::milliseconds(200);
+  Leg one(options);
+  options.rank = 1;
+  const Leg other(options);
+  std::vector<Endpoint> peers{other.own()};
+  peers[0].who = "rank 1";
+  const auto said = [&] {
+    try {
+      one.connect(peers, 1);
+      return std::string("connected");
+    } catch (const LegFailure& error) {
+      return std::to_string(static_cast<int>(error.kind())) + ' ' + error.what();
+    }
+  };
+  CHECK(said().starts_with(std::to_string(static_cast<int>(Kind::timeout)) + " rank 1 did not connect within 0.2 s"));
+  peers[0].host = "no address";
+  CHECK(said().starts_with(std::to_string(static_cast<int>(Kind::system)) + " rank 1 listens at an address that"));
+}
+
 // A rank that leaves in good order does not disturb those that still wait for another one.
 void leaves_in_order() {
   Hosts hosts(3);
@@ -227,6 +252,7 @@ int main() {
   check::run("a rank that gives up", ends);
   check::run("a rank that does not come", late);
   check::run("a rank that leaves in good order", leaves_in_order);
+  check::run("a rank that does not connect", absent);
   check::run("addresses", addresses);
   return check::failures == 0 ? 0 : 1;
 }

@@ -198,9 +198,33 @@ def test_connections_of_others_are_dropped(fleet: Fleet) -> None:
 
 def test_a_rank_that_cannot_be_reached(fleet: Fleet) -> None:
     first, second = fleet.run((1, 1), "unreachable")
-    assert first.startswith("timeout: join of group 'world': rank 1 on algo-2 could not be connected at 127.0.0.1 port")
+    # Nobody tells it: it sees that nobody listens there any more.
+    assert first.startswith("lost: join of group 'world': rank 1 on algo-2 has not connected and no longer listens at")
     assert second.startswith("lost: join of group 'world': rank 0 on algo-1 could not be reached at 127.0.0.1 port")
     assert "Connection refused" in second
+
+
+def test_a_rank_that_cannot_be_reached_by_one_of_two(fleet: Fleet) -> None:
+    """The one that is connected to both is told, and tells the other one."""
+    first, second, third = fleet.run((1, 1, 1), "unreachable")
+    for text in (first, second):
+        assert text.startswith("lost: ") and ("could not be reached" in text or "has not connected" in text)
+    assert third.startswith("lost: join of group 'world': rank 0 on algo-1 could not be reached at 127.0.0.1 port")
+
+
+def test_no_descriptors_are_left(fleet: Fleet) -> None:
+    for rank, one in enumerate(fleet.run((1, 1), "exhausted")):
+        assert (one["reason"], one["rank"], one["host"]) == ("system", rank, f"algo-{rank + 1}"), one
+        assert f"rank {rank} on algo-{rank + 1}: it could not make a connection: Too many open files" in one["text"]
+        assert "RLIMIT_NOFILE is " in one["text"] and "ulimit -n" in one["text"]
+
+
+def test_a_fork_leaves_the_connections_to_its_parent(fleet: Fleet) -> None:
+    first, second = fleet.run((1, 1), "forks")
+    assert first["text"].startswith("closed: ") and "fork" in first["text"]
+    assert first["bells"] and not any(first["bells"])  # one that is rung would keep every wait from sleeping
+    assert (first["sum"], second["sum"]) == (4.0, 4.0)
+    assert second["text"].startswith("lost: "), second
 
 
 def test_arguments(fleet: Fleet) -> None:

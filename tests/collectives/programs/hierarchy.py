@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch.distributed  # before the forks
-from strangers import Disturbed, Misled
+from strangers import Disturbed, Exhausted, Misled
 
 from launcher.collectives.elements import DType, ReduceOp
 from launcher.collectives.group import Group, join
@@ -462,10 +462,58 @@ def unreachable() -> str:
     """The last rank is told a wrong port."""
     store = Misled(STORE) if RANK == SIZE - 1 else STORE
     try:
-        join("world", RANK, SIZE, store=store, timeout_s=3, leg="sockets")
+        join("world", RANK, SIZE, store=store, timeout_s=20, leg="sockets").barrier()
     except CollectiveError as error:
         return f"{error.reason}: {error}"
     return "joined"
+
+
+def exhausted() -> dict[str, Any]:
+    """Nobody can open what the connections need: the last rank makes one, which the first one can not accept."""
+    store = Exhausted(STORE, RANK)
+    try:
+        join("world", RANK, SIZE, store=store, timeout_s=20, leg="sockets")
+    except CollectiveError as error:
+        store.restore()
+        return told(error)
+    return {}
+
+
+def forks() -> dict[str, Any]:
+    """A fork of the first rank uses and closes the group, which goes on in its parent; then it outlives its parent."""
+    group = join("world", RANK, SIZE, store=STORE, timeout_s=20, leg="sockets")
+    data = np.ones(8, np.float32)
+    at = data.ctypes.data
+    group.allreduce(at, at, 8, DType.float32)
+    text, bells = "", []
+    if RANK == 0:
+        read, write = os.pipe()
+        if os.fork() == 0:
+            try:
+                group.allreduce(at, at, 8, DType.float32)
+            except CollectiveError as error:
+                text = f"{error.reason}: {error}"
+            group.timeout_s = 5.0
+            group.close()
+            del group
+            os.write(write, text.encode())
+            with contextlib.suppress(TimeoutError):
+                STORE.get("the end was seen")
+            os._exit(0)
+        text = os.read(read, 4096).decode()
+        for name in os.listdir("/proc/self/fdinfo"):
+            with contextlib.suppress(FileNotFoundError), open(f"/proc/self/fdinfo/{name}") as file:
+                bells += [int(line.split()[1], 16) for line in file if line.startswith("eventfd-count:")]
+    group.allreduce(at, at, 8, DType.float32)
+    if RANK == 0:  # without a farewell
+        return {"text": text, "bells": bells, "sum": float(data[0])}
+    try:
+        group.allreduce(at, at, 8, DType.float32)
+    except CollectiveError as error:
+        text = f"{error.reason}: {error}"
+    STORE.set("the end was seen", b"")
+    group.close()
+    return {"text": text, "sum": float(data[0])}
 
 
 def refuses() -> dict[str, Any]:

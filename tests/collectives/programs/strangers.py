@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import socket
 import struct
 from typing import Any
@@ -70,3 +71,26 @@ class Misled:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         return json.dumps({**json.loads(value), "port": port}).encode()
+
+
+class Exhausted:
+    """A store after which a process has as many descriptors left as its rank says."""
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self._store, self._rank = store, rank
+        self._limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        value: bytes = self._store.get(key)
+        if "/sockets/" in key:
+            free = [os.dup(0) for _ in range(self._rank + 1)]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], self._limits[1]))
+            for one in free:
+                os.close(one)
+        return value
+
+    def restore(self) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, self._limits)
