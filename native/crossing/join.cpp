@@ -130,7 +130,8 @@ std::array<std::byte, Gate::kReply> Gate::reply() const {
 }
 
 void Gate::accept_some() {
-  for (;;) {
+  // Without descriptors left, accept4() fails whether or not there is anything to accept.
+  for (pollfd polled{listener_.get(), POLLIN, 0}; ::poll(&polled, 1, 0) > 0;) {
     Socket socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!socket && exhausted(errno)) {
       throw_exhausted(own_.rank, errno);

@@ -248,10 +248,14 @@ void Leg::look(Patience& patience, Clock::time_point now, bool streams, int peer
   if (found != links_.end() && (streams ? found->second->streams_over() : found->second->calls_over())) {
     ended(*found->second);
   }
-  if (now < next_look_) {
-    return;
+  if (now >= next_look_) {
+    look_round(patience, now, peer);
   }
+}
+
+void Leg::look_round(Patience& patience, Clock::time_point now, int peer) {
   next_look_ = now + kLook;
+  const auto found = links_.find(peer);
   if (found != links_.end() && found->second->moves() != patience.moves) {
     patience.moves = found->second->moves();
     patience.began = now;
@@ -276,14 +280,19 @@ void Leg::look(Patience& patience, Clock::time_point now, bool streams, int peer
   }
 }
 
-void Leg::glance(Patience& patience, bool streams, int peer) {
+void Leg::glance(Patience& patience, int peer) {
   const auto now = Clock::now();
   if (now < next_look_) {
     return;
   }
   check_stopped();
   move_controls();
-  look(patience, now, streams, peer);
+  for (const Link* one : active_) {
+    if (one->noticed() && one->troubled()) {  // without a notice, what is still on its way may be all
+      ended(*one);
+    }
+  }
+  look_round(patience, now, peer);
 }
 
 void Leg::pause(Patience& patience, bool streams, int peer) {

@@ -117,8 +117,9 @@ class Leg {
   // Nothing moved: polls on, or sleeps. Throws what ends the wait for `peer`.
   void pause(Patience& patience, bool streams, int peer);
   void look(Patience& patience, Clock::time_point now, bool streams, int peer);
-  // Something moved: looks all the same, about as often.
-  void glance(Patience& patience, bool streams, int peer);
+  // Something moved: looks all the same, about as often, but leaves what ends without a word to look().
+  void glance(Patience& patience, int peer);
+  void look_round(Patience& patience, Clock::time_point now, int peer);
   [[noreturn]] void ended(const Link& link) const;
   void sleep(bool streams);
   void check_stopped() const;

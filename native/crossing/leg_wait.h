@@ -19,7 +19,8 @@ class Leg::Turn {
   // Before the lock, which another thread may have held when the process was forked.
   static Leg& checked(Leg& leg) {
     if (leg.forked()) {
-      throw LegFailure(-1, Kind::closed, "the connections belong to the process that made them; this is a fork of it");
+      throw LegFailure(leg.options_.rank, Kind::closed,
+                       "the connections belong to the process that made them; this is a fork of it");
     }
     return leg;
   }
@@ -42,7 +43,7 @@ void Leg::await(bool streams, Done done, Culprit culprit) {
     }
     if (moved) {
       patience.idle = false;
-      glance(patience, streams, culprit());
+      glance(patience, culprit());
     } else {
       pause(patience, streams, culprit());
     }
