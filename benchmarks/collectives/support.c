@@ -64,13 +64,30 @@ double ping(struct page* page, int rank, int batches, int trips) {
   return best;
 }
 
-// The loads and stores of an allreduce of two buffers in place, and nothing else: a, b <- a + b.
-void add_both(float* restrict a, float* restrict b, size_t count) {
+static inline void add_part(float* restrict a, float* restrict b, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     const float sum = a[i] + b[i];
     a[i] = sum;
     b[i] = sum;
   }
+}
+
+// The loads and stores of an allreduce of two buffers in place, and nothing else: a, b <- a + b. In four places at a
+// time, 64 KiB together, which is faster than one where lines come from another core.
+void add_both(float* restrict a, float* restrict b, size_t count) {
+  enum { kPlaces = 4, kStretch = 16384, kLeast = 4096, kStagger = 80, kStep = 64 };
+  size_t at = 0;
+  while (count - at >= kLeast) {
+    const size_t stretch = count - at < kStretch ? count - at : kStretch;
+    const size_t part = (stretch / kPlaces - kStagger) / kStep * kStep;
+    for (size_t i = 0; i < part; i += kStep) {
+      for (size_t place = 0; place < kPlaces; ++place) {
+        add_part(a + at + place * part + i, b + at + place * part + i, kStep);
+      }
+    }
+    at += kPlaces * part;
+  }
+  add_part(a + at, b + at, count - at);
 }
 
 // Writes a buffer with ordinary stores, as whoever computes a gradient does. bytes: a multiple of 4.

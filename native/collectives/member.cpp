@@ -130,8 +130,9 @@ void Member::end(bool threw) noexcept {
   }
 }
 
-// Either the sleeper sees the value, or it is seen here. That takes a fence between the two accesses on both sides. Here
-// it would wait until all that was stored before has reached the cache, so the sleeper runs it for both where it can.
+// Either the sleeper sees the value, or it is seen here. That takes a fence between the two accesses on both sides.
+// Here it would wait until all that was stored before has reached the cache, so the sleeper runs it for both where it
+// can.
 void Member::publish(Flag& flag, std::uint32_t value) noexcept {
   if (fences_) {
     flag.value.store(value, std::memory_order_release);
