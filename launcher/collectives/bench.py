@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import time
+from abc import ABC, abstractmethod
 
 from launcher.collectives import plot
 from launcher.errors import JobFailed, LauncherError, OutputError, UsageError, of_machine
@@ -267,7 +268,7 @@ def _median(values: Sequence[float]) -> float:
 # ---- in the ranks
 
 
-class _Contender:
+class _Contender(ABC):
     """Memory and a call on it. ``sums``: the call leaves the sum of all ranks in the memory."""
 
     sums = True
@@ -276,11 +277,11 @@ class _Contender:
         """Ordinary memory; an address when it is not Python's to give back."""
         return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
+    @abstractmethod
     def call(self, memory: Any, address: int, count: int) -> Call:
         """The call to time."""
-        raise NotImplementedError
 
-    def release(self, address: int) -> None:
+    def release(self, address: int) -> None:  # noqa: B027 - most have nothing to give back
         """Only memory of a group needs it."""
 
 

@@ -13,6 +13,7 @@ running kernels to load one: use each once before, or set CUDA_MODULE_LOADING=EA
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -166,11 +167,10 @@ class IpcAllreduce:
             error = raised
         except RuntimeError as raised:
             error = CollectiveError(f"GPU {device}: {raised}", "system", self._number(self.rank), operation="join")
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._give_up)
             self._connect(said, error, order)
-        except BaseException:
-            self._give_up()
-            raise
+            undo.pop_all()
 
     def _connect(self, said: bytes, error: UsageError | CollectiveError | None, order: str) -> None:
         from launcher._native import CUDA_PEER_BYTES

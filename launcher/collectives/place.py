@@ -30,6 +30,18 @@ class Place(Record):
     attempt: int
 
 
+def read_switch(name: str) -> bool:
+    """Whether the environment variable ``name``, on by default, is not 0.
+
+    Raises:
+        UsageError: it is neither 0 nor 1.
+    """
+    value = os.environ.get(name, "1")
+    if value not in ("0", "1"):
+        raise UsageError(f"environment variable {name} is {value!r}; expected 0 (off) or 1 (on, the default)")
+    return value == "1"
+
+
 def read_place(environ: Mapping[str, str]) -> Place | None:
     """The place of this process; None when it is no rank of a launcher.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import struct
 
 from launcher.collectives.cuda_ipc import OPERATIONS, TYPES, Crossover
 from launcher.collectives.elements import FLOATING, ReduceOp
-from launcher.errors import UsageError
+from launcher.collectives.place import read_switch
 from launcher.record import Record
 
 TYPE_CHECKING = False
@@ -30,10 +29,7 @@ def switched_on() -> bool:
     Raises:
         UsageError: the variable is neither 0 nor 1.
     """
-    value = os.environ.get(SWITCH, "1")
-    if value not in ("0", "1"):
-        raise UsageError(f"environment variable {SWITCH} is {value!r}; expected 0 (off) or 1 (on, the default)")
-    return value == "1"
+    return read_switch(SWITCH)
 
 
 class Place(Record):

@@ -5,7 +5,7 @@ the message, and what they have told each other), never on one rank's strides or
 
 - at a group's first collective on GPU memory: which GPU each has (a rank that shares one can not use NCCL);
 - at the first allreduce that may be small enough: handles of memory (launcher.collectives.cuda_ipc);
-- at the first such allreduce of a type: how long both engines take, on a stream of this group's own, some 10 ms.
+- at the first such allreduce of a type: how long both engines take, on a stream of this group's own.
 
 Streams: a call that is waited for runs on the current stream. Another runs on this group's stream, behind what was on
 the current one; its work's ``wait()`` lets the then current stream wait for it. The host does not wait, but where
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from launcher.collectives.group import Group
     from launcher.collectives.torch_engine import Engines
 
-# Where the host orders the steps a call takes some 100 us, and no other engine is there to be compared with.
+# Where the host orders the steps, a call takes long, and no other engine is there to be compared with.
 _SIZES = {
     "flags": tuple(1 << power for power in (10, 13, 15, 16, 17, 18, 19, 20, 21, 22)),
     "host": (64 << 10, 512 << 10, 4 << 20),

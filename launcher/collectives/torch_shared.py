@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
+from launcher.collectives.place import read_switch
 from launcher.collectives.torch_engine import say_once
-from launcher.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,10 +40,7 @@ def switched_on() -> bool:
     Raises:
         UsageError: the variable is neither 0 nor 1.
     """
-    value = os.environ.get(SWITCH, "1")
-    if value not in ("0", "1"):
-        raise UsageError(f"environment variable {SWITCH} is {value!r}; expected 0 (off) or 1 (on, the default)")
-    return value == "1"
+    return read_switch(SWITCH)
 
 
 def _sharing_works() -> bool:

@@ -168,6 +168,18 @@ class LocalGroup final : public Group {
   void allreduce_in_blocks(const Message& message, std::size_t element, const Fold& fold, const Choice& choice,
                            bool late);
   void prepare_slot(std::size_t bytes) noexcept;
+  void copy_parts_in(const void* source, std::span<const std::size_t> counts, std::size_t block, std::size_t length,
+                     std::size_t element) const noexcept;
+  // Where not all could take the shared path: those that could put in their first block now.
+  template <typename In>
+  void take_slots(Path path, In in) {
+    if (!all_take(Path::pipelined)) {
+      if (path == Path::shared) {
+        in(0);
+      }
+      member_.meet_again();
+    }
+  }
   void copy_in(const Message& message, std::size_t element, const Choice& choice, std::size_t block);
 
   Member member_;

@@ -56,6 +56,17 @@ void throw_too_long(std::size_t element) {
                               " bytes");
 }
 
+// Block `block` of what goes to each rank, into this rank's slot: `length` elements apart.
+void LocalGroup::copy_parts_in(const void* source, std::span<const std::size_t> counts, std::size_t block,
+                               std::size_t length, std::size_t element) const noexcept {
+  for (std::size_t other = 0, begin = 0; other < ranks(); begin += counts[other++]) {
+    if (other != here()) {
+      copy_bytes(my_slot(block) + other * length * element, bytes_at(source, (begin + block * length) * element),
+                 in_block(counts[other], block, length) * element);
+    }
+  }
+}
+
 void LocalGroup::reduce_scatter(const void* source, void* target, std::span<const std::size_t> counts, DType dtype,
                                 ReduceOp op, Scale scale) {
   const std::size_t element = size_of(dtype);
@@ -78,14 +89,7 @@ void LocalGroup::reduce_scatter(const void* source, void* target, std::span<cons
   // A slot holds a part of the block for each rank.
   const std::size_t length = slot_bytes() / ranks() / kUnit * kUnit / element;
   const std::size_t blocks = blocks_for(*std::max_element(counts.begin(), counts.end()), length);
-  const auto in = [&](std::size_t block) {
-    for (std::size_t other = 0, begin = 0; other < ranks(); begin += counts[other++]) {
-      if (other != here()) {
-        copy_bytes(my_slot(block) + other * length * element, bytes_at(source, (begin + block * length) * element),
-                   in_block(counts[other], block, length) * element);
-      }
-    }
-  };
+  const auto in = [&](std::size_t block) { copy_parts_in(source, counts, block, length, element); };
   if (path == Path::pipelined) {
     in(0);
   }
@@ -106,12 +110,7 @@ void LocalGroup::reduce_scatter(const void* source, void* target, std::span<cons
     count(Path::shared, total * element);
     return;
   }
-  if (!all_take(Path::pipelined)) {
-    if (path == Path::shared) {
-      in(0);
-    }
-    member_.meet_again();
-  }
+  take_slots(path, in);
   run_pipeline(member_, blocks, in, [&](std::size_t block) {
     const std::size_t many = in_block(own, block, length);
     if (many == 0) {
@@ -165,12 +164,7 @@ void LocalGroup::all_gather(const void* source, void* target, std::span<const st
     count(Path::shared, total * element);
     return;
   }
-  if (!all_take(Path::pipelined)) {
-    if (path == Path::shared) {
-      in(0);
-    }
-    member_.meet_again();
-  }
+  take_slots(path, in);
   run_pipeline(member_, blocks, in, [&](std::size_t block) {
     for (std::size_t other = 0, begin = 0; other < ranks(); begin += counts[other++]) {
       if (other != here()) {
@@ -280,14 +274,7 @@ void LocalGroup::all_to_all(const void* source, void* target, std::span<const st
     path = call.source.id != 0 ? Path::shared : path;
   }
   const std::size_t length = slot_bytes() / ranks() / kUnit * kUnit / element;
-  const auto in = [&](std::size_t block) {
-    for (std::size_t other = 0, begin = 0; other < ranks(); begin += send_counts[other++]) {
-      if (other != here()) {
-        copy_bytes(my_slot(block) + other * length * element, bytes_at(source, (begin + block * length) * element),
-                   in_block(send_counts[other], block, length) * element);
-      }
-    }
-  };
+  const auto in = [&](std::size_t block) { copy_parts_in(source, send_counts, block, length, element); };
   if (path == Path::pipelined) {
     in(0);
   }
@@ -325,12 +312,7 @@ void LocalGroup::all_to_all(const void* source, void* target, std::span<const st
     count(Path::shared, sent * element);
     return;
   }
-  if (!all_take(Path::pipelined)) {
-    if (path == Path::shared) {
-      in(0);
-    }
-    member_.meet_again();
-  }
+  take_slots(path, in);
   run_pipeline(member_, blocks_for(most, length), in, [&](std::size_t block) {
     for (std::size_t other = 0, begin = 0; other < ranks(); begin += receive_counts[other++]) {
       if (other != here()) {

@@ -87,6 +87,7 @@ def test_strangers(make_fleet: Any, served: list[Any], running: bool) -> None:
     relay = Relay(fleet)
     served.append(relay)
     fleet.start("algo-1")
+    fleet.listening()  # lest the relay refuses algo-2, which then tries the next port: the leader's own
     fleet.start("algo-2", leader=RELAY)
     if running:
         fleet.start("algo-3")
@@ -183,6 +184,7 @@ def test_frames_are_changed_while_hosts_are_missing(
     relay = Relay(fleet)
     served.append(relay)
     fleet.start("algo-1")
+    fleet.listening()  # lest the relay refuses algo-2, which then tries the next port: the leader's own
     fleet.start("algo-2", leader=RELAY)
     fleet.wait_until(lambda: relay.said and len(relay.said[-1]) > 3, "algo-2 to be in")
     relay.change(from_member, change)
@@ -202,6 +204,7 @@ def test_frames_are_changed_while_ranks_run(make_fleet: Any, served: list[Any], 
     relay = Relay(fleet)
     served.append(relay)
     fleet.start("algo-1")
+    fleet.listening()  # lest the relay refuses algo-2, which then tries the next port: the leader's own
     fleet.start("algo-2", leader=RELAY)
     fleet.start("algo-3")
     fleet.up()

@@ -16,23 +16,13 @@ import pytest
 
 from launcher.ports import reserve
 
-from .conftest import PROGRAMS
+from .conftest import PROGRAMS, Outcome
 
 pytestmark = [pytest.mark.torch]
 if importlib.util.find_spec("torch") is None:
     pytest.skip("not installed: torch (the Gloo leg)", allow_module_level=True)
 
 DEADLINE_S = 70.0
-
-
-class Outcome:
-    """How a rank ended, and what its function returned."""
-
-    def __init__(self, rank: int, code: int, shown: Any, output: str) -> None:
-        self.rank, self.code, self.shown, self.output = rank, code, shown, output
-
-    def __repr__(self) -> str:
-        return f"rank {self.rank}: exit code {self.code}, shown {self.shown}\n{self.output}"
 
 
 class Fleet:

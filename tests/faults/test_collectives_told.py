@@ -5,6 +5,8 @@ These ranks write the pages themselves, as any engine may; the launcher's own co
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 PAGE = """
@@ -30,11 +32,15 @@ if rank != 1:
     page.set_waiting_for(1)
     while rank == 0:
         pass  # it spins, which is no progress
-time.sleep(600)
+while True:
+    signal.pause()  # which the signal for a stack ends, too
 """
     )
+    over = works.directory / "over"
+    os.mkfifo(over)
     works.script(
         PAGE
+        + f"over = {str(over)!r}"
         + """
 page.enter_collective("barrier", 0, 1284)
 end = time.monotonic() + 4
@@ -42,9 +48,10 @@ if rank == 1:
     page.leave_collective()
     while time.monotonic() < end:
         pass
+    open(over, "w").close()
 else:
     page.set_waiting_for(1)
-    time.sleep(4.5)
+    open(over).close()  # blocks until rank 1 has come there
 """
     )
     hangs.start("-n", "3", "--hang-timeout", "2", "train.py")

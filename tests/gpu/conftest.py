@@ -47,6 +47,30 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
+def run_two(tmp_path: Path) -> Callable[..., list[Any]]:
+    """Runs a program of ``programs/`` as two ranks, one of which may be killed; what each has printed last."""
+    tmp_path.chmod(0o700)
+
+    def run(program: str, *words: str) -> list[Any]:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(PROGRAMS / program), str(tmp_path), str(rank), "2", *words],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            return [json.loads(rank.communicate(timeout=100)[0].splitlines()[-1]) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.communicate()
+
+    return run
+
+
+@pytest.fixture
 def run_matrix() -> Callable[..., dict[str, Any]]:
     """programs/cases.py's."""
     spec = importlib.util.spec_from_file_location("gpu_cases", PROGRAMS / "cases.py")

@@ -5,11 +5,7 @@ Threads make their tensors before the first call: loading one of torch's kernels
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +16,7 @@ from launcher.collectives.elements import DType
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
 Threads = Callable[[int, Callable[[int, Any], Any]], list[Any]]
+Processes = Callable[..., list[Any]]
 Matrix = Callable[..., dict[str, Any]]
 
 
@@ -49,22 +46,8 @@ def test_processes_with_a_gpu_each(run_processes: Callable[..., list[Any]], gpus
         assert found["wrong"] == []
 
 
-def test_a_killed_peer_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o700)
-    program = Path(__file__).parent / "programs" / "killed.py"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(tmp_path), str(rank), "2"], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        told = [json.loads(rank.communicate(timeout=100)[0].splitlines()[-1]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert told == [["lost", 1], "gone"]
+def test_a_killed_peer_is_named(run_two: Processes) -> None:
+    assert run_two("killed.py") == [["lost", 1], "gone"]
 
 
 def test_a_missing_rank_ends_the_wait_of_all(run_threads: Threads) -> None:

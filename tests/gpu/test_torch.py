@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,23 +46,7 @@ def test_ranks_with_a_gpu_each(run_processes: Processes, gpus: int, check: str) 
 
 
 @pytest.mark.parametrize("number", ["0", "own"])
-def test_a_killed_rank_is_named(tmp_path: Path, gpus: int, number: str) -> None:
+def test_a_killed_rank_is_named(run_two: Processes, gpus: int, number: str) -> None:
     if number == "own":
         require_gpus(gpus)
-    tmp_path.chmod(0o700)
-    program = Path(__file__).parent / "programs" / "torch_group.py"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(program), str(tmp_path), str(rank), "2", number, "killed"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        told = [json.loads(rank.communicate(timeout=100)[0].splitlines()[-1]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert told == [["lost", 1], "gone"]
+    assert run_two("torch_group.py", number, "killed") == [["lost", 1], "gone"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 
@@ -55,13 +56,12 @@ class World:
         self._timeline: timeline.Timeline | None = None
         self._open(0, range(self.size), "all ranks")
         global_process_set.ranks = list(range(self.size))
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             # Not LOCAL_RANK: --virtual-local-rank tells every rank that it is the first.
             on_host = self.rank - place.local_ranks[0] if place is not None else self.local_rank
             hosts = self._gather_numbers([_number("GROUP_RANK", 0), on_host, self.local_size])
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
         same = [host for host, other, _ in hosts if other == on_host]
         self.cross_rank, self.cross_size = same.index(_number("GROUP_RANK", 0)), len(same)
         self.homogeneous = len({local_size for _, _, local_size in hosts}) == 1
@@ -243,12 +243,11 @@ def init(comm: Any = None, process_sets: Sequence[ProcessSet] | str | None = Non
         made.close()
         raise ValueError(f"init(comm): found {members} of {made.size} ranks; leave it out, and make a ProcessSet")
     _world = made
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutdown)
         for process_set in process_sets if process_sets is not None and not isinstance(process_sets, str) else ():
             made.add_process_set(process_set)
-    except BaseException:
-        shutdown()
-        raise
+        undo.pop_all()
 
 
 def shutdown() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 
@@ -32,12 +33,11 @@ class SharedMemory:
         self.nbytes = max(-(-nbytes // _PAGE_BYTES) * _PAGE_BYTES, _PAGE_BYTES)
         self.unused = False
         self.descriptor = os.memfd_create("launcher-horovod", os.MFD_CLOEXEC)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, self.descriptor)
             os.ftruncate(self.descriptor, self.nbytes)
             self._map = mmap.mmap(self.descriptor, self.nbytes)
-        except BaseException:
-            os.close(self.descriptor)
-            raise
+            undo.pop_all()
         if self.nbytes >= _HUGE_BYTES:
             try:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
