@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,12 @@ def measure(
     rounds: int,
     seconds: float,
     samples: list[dict[str, Any]],
+    rest_ns: Callable[[int], int] = lambda nbytes: 0,
 ) -> None:
     """Measures all cells; each round begins with another contender.
 
-    ``samples`` gets one a contender, cell and round: the larger of the ranks' medians, in us.
+    ``samples`` gets one a contender, cell and round: the larger of the ranks' medians, in us. ``rest_ns``: how long
+    nothing is sent before a call with a message of so many bytes.
     """
     for number in range(rounds):
         began = time.monotonic()
@@ -106,7 +108,7 @@ def measure(
             for size in sizes:
                 least = 4 if size >= LARGE else 10
                 order = {"do": "cell", "bytes": size, "dtype": dtype, "modes": list(modes)}
-                order |= {"seconds": seconds, "least": least, "most": 5000}
+                order |= {"seconds": seconds, "least": least, "most": 5000, "rest_ns": rest_ns(size)}
                 before = field.ping()
                 for contender in (*able[turn:], *able[:turn]):
                     answers = field.order(contender, order)

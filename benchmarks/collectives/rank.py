@@ -148,8 +148,11 @@ class Cell:
         if not np.array_equal(self.buffer, pattern(nbytes, self.dtype, sum(ranks))):
             raise AssertionError(f"wrong sum of {nbytes} bytes of {self.dtype}")
 
-    def time(self, fresh: bool, seconds: float, least: int, most: int) -> list[int]:
-        """Times of calls, ns: back to back on the same buffer, or each on one that was just rewritten."""
+    def time(self, fresh: bool, seconds: float, least: int, most: int, rest_ns: int = 0) -> list[int]:
+        """Times of calls, ns: back to back on the same buffer, or each on one that was just rewritten.
+
+        ``rest_ns``: how long nothing is sent before a call on a rewritten buffer.
+        """
         call, now = self.call, time.perf_counter_ns
         barrier, fill, half = self.support.barrier, self.support.fill, HALF[self.dtype]
         fill(self.buffer, 0)
@@ -158,7 +161,10 @@ class Cell:
             times = []
             if fresh:
                 for _ in range(count):
+                    rested = now() + rest_ns
                     fill(self.buffer, half)
+                    while now() < rested:
+                        pass  # a sleep this short would be a different one on each core
                     barrier()
                     begin = now()
                     call()
@@ -192,7 +198,7 @@ def measure(adapter: Any, support: Support, order: dict[str, Any]) -> dict[str, 
             cell.check()
         found = {}
         for mode in order["modes"]:
-            times = cell.time(mode == "fresh", order["seconds"], order["least"], order["most"])
+            times = cell.time(mode == "fresh", order["seconds"], order["least"], order["most"], order["rest_ns"])
             ordered = sorted(times)
             found[mode] = {
                 "median_us": statistics.median(ordered) / 1e3,
