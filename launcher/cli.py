@@ -1,4 +1,4 @@
-"""The command line: ``python -m launcher [run|train|plan|simulate|bench] [options] SCRIPT ...``."""
+"""The command line: ``python -m launcher [run|train|plan|simulate|bench|data] [options] SCRIPT ...``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.errors import (
     UsageError,
     of_machine,
 )
-from launcher.options import CommandLine, parse, usage
+from launcher.options import CommandLine, parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USAGE
     try:
         if line.help:
+            from launcher.usage import usage
+
             return _show(usage())
         if line.version:
             from launcher._version import __version__
@@ -49,6 +51,11 @@ def main(argv: list[str] | None = None) -> int:
             from launcher.collectives.bench import bench
 
             return _show(bench(line, _log))
+        if line.command == "data":
+            from launcher.data.command import run_command
+
+            text, code = run_command(list(line.script_args), _log)
+            return _show(text) or code
         return _plan(line) if line.command == "plan" else _run(line)
     except LauncherError as error:
         _log(f"error: {error}")

@@ -121,6 +121,33 @@ class CollectiveError(LauncherError):
         return type(self), (str(self), self.reason, self.rank, self.host, self.operation, self.sequence)
 
 
+class DataError(LauncherError):
+    """A channel's data can not be read, or is not what it should be.
+
+    Attributes:
+        problem: ``truncated`` (the file ends inside a record), ``malformed`` (bytes that are none of the format),
+            ``mismatch`` (a whole record, but not of the channel's schema), ``changed`` (the file is not as it was),
+            ``unreadable`` (the operating system refused it).
+        file: its path; ``""``: not one file's matter.
+        offset: of the place in the file, in bytes; -1: the file as a whole.
+        record: number of the record in its file, from 0; -1: not known.
+    """
+
+    exit_code = EXIT_CONTRACT
+
+    PROBLEMS = ("truncated", "malformed", "mismatch", "changed", "unreadable")
+
+    def __init__(
+        self, message: str, problem: int | str = "malformed", file: str = "", offset: int = -1, record: int = -1
+    ) -> None:
+        self.problem = self.PROBLEMS[problem] if isinstance(problem, int) else problem
+        self.file, self.offset, self.record = file, offset, record
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[str, str, str, int, int]]:
+        return type(self), (str(self), self.problem, self.file, self.offset, self.record)
+
+
 class JobFailed(LauncherError):
     """The job ended with a failure. ``verdict`` names the root cause; ``exit_code`` is the culprit's."""
 

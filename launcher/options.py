@@ -460,7 +460,8 @@ class CommandLine(Record):
     """A parsed command line: ``given`` raw values by option name, ``ignored`` torchrun options that were given.
 
     ``directory`` is the ``--dir`` of ``simulate``, whose ``hosts`` are a number; ``sizes`` and ``output`` are of
-    ``bench``, whose ``script`` is what to measure.
+    ``bench``, whose ``script`` is what to measure. All words after ``data`` are ``script_args``: it runs no script, and
+    has a table of its own (launcher.data.options).
     """
 
     command: str
@@ -476,7 +477,7 @@ class CommandLine(Record):
     output: str = ""
 
 
-COMMANDS = ("run", "train", "plan", "simulate", "bench")
+COMMANDS = ("run", "train", "plan", "simulate", "bench", "data")
 # Options that one command has for itself, each with a value.
 _OWN: dict[str, tuple[str, ...]] = {"simulate": ("dir",), "bench": ("sizes", "output")}
 _AS_JSON = ("plan", "bench")
@@ -492,6 +493,8 @@ def parse(argv: list[str]) -> CommandLine:
     command = "run"
     if words and words[0] in COMMANDS:
         command = words.pop(0)
+    if command == "data":
+        return CommandLine(command, {}, (), "", tuple(words))
     if command == "plan" and words[:1] == ["train"]:
         words.pop(0)  # `plan` without a script shows what `train` would do
     script = words.pop(0) if command == "bench" and words and not words[0].startswith("-") else ""
@@ -562,38 +565,3 @@ def _match(name: str) -> Option | str:
             return option
     spelled = ["--" + known.replace("_", "-") for known in (*BY_NAME, "help", "version", "json")]
     raise UsageError(f"unknown option {name}{suggest(name.replace('_', '-'), spelled)} (see --help)")
-
-
-def usage() -> str:
-    """The text of ``--help``."""
-    lines = [
-        "usage: python -m launcher [options] SCRIPT [script arguments]",
-        "       python -m launcher train [options]      the program named by the container contract",
-        "       python -m launcher plan [--json] [options] [SCRIPT ...]   show every decision, run nothing",
-        "                                                        (without a script: what train would do)",
-        "       python -m launcher simulate --hosts N [--dir DIR] [options] SCRIPT ...   N hosts on this one",
-        "       python -m launcher bench collectives [--nproc N] [--sizes 1K,64K,25M] [--output FILE] [--json]",
-        "                                                        what allreduce gives on this machine, with a chart",
-        "",
-        "Starts and supervises every rank of a training job on this host, and says in one line what went wrong.",
-        "Options before the script are the launcher's, after it the script's. Each can also be set as",
-        "LAUNCHER_<NAME> in the environment or <name>: in launcher.yaml.",
-    ]
-    group = ""
-    for option in OPTIONS:
-        if option.group != group:
-            group = option.group
-            lines += ["", f"{group}:"]
-        names = ", ".join(
-            (*(alias for alias in option.aliases if len(alias) == 2), "--" + option.name.replace("_", "-"))
-        )
-        value = option.metavar or ("{" + ",".join(option.choices) + "}" if option.choices else "")
-        if option.kind == "mode":
-            value = "[=" + "|".join(option.choices) + "]"
-        default = f" [{option.default}]" if option.kind != "flag" and option.default not in ("", None, {}) else ""
-        head = f"  {names}{'' if option.kind == 'mode' else ' '}{value}".rstrip()
-        lines.append(
-            f"{head:<32} {option.help}{default}" if len(head) < 32 else f"{head}\n{'':<32} {option.help}{default}"
-        )
-    lines += ["", "torchrun's other options are accepted and have no effect."]
-    return "\n".join(lines)

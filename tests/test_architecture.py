@@ -14,7 +14,7 @@ import pytest
 import launcher
 
 PACKAGE = Path(launcher.__file__).parent
-LARGE = {"torch", "numpy", "mpi4py", "horovod", "boto3", "botocore", "psutil", "sklearn"}
+LARGE = {"torch", "numpy", "mpi4py", "horovod", "boto3", "botocore", "psutil", "sklearn", "scipy", "pyarrow"}
 
 # Their faces are torch's: a script that imports one of them has imported torch.
 OF_TORCH = {"launcher.horovod.torch"} | {
@@ -80,7 +80,7 @@ def imports(path: Path, top_only: bool = False) -> set[str]:
             assert node.module is not None
             for alias in node.names:
                 inner = PACKAGE.parent.joinpath(*node.module.split("."), alias.name)
-                is_module = inner.is_dir() or inner.with_suffix(".py").exists()
+                is_module = inner.is_dir() or any(inner.with_suffix(end).exists() for end in (".py", ".pyi"))
                 found.add(f"{node.module}.{alias.name}" if is_module else node.module)
     return found
 
@@ -143,6 +143,24 @@ ALLOWED: dict[str, set[str]] = {
         "launcher.record",
         "launcher._native",
     },
+    "launcher.data": {
+        "launcher.collectives.group",
+        "launcher.collectives.place",
+        "launcher.container",
+        "launcher.errors",
+        "launcher.rank.context",
+        "launcher.rank.status",
+        "launcher.record",
+        "launcher._data",
+        "launcher._native",
+    },
+    "launcher.data.command": {
+        "launcher.data",
+        "launcher.errors",
+        "launcher.options",
+        "launcher.record",
+    },
+    "launcher.usage": {"launcher.options"},
     "launcher.horovod": {"launcher.collectives", "launcher.errors", "launcher.record"},
     "launcher.job": {
         "launcher.container",

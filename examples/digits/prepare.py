@@ -3,8 +3,8 @@
     python examples/digits/prepare.py data/training
 
 1,797 grey images of 8 x 8 pixels (0..16), by 43 people (https://archive.ics.uci.edu/dataset/80). The split
-is the same on every machine: one test image in five, drawn by a fixed seed. ``train.npz`` and ``test.npz`` hold
-``images`` (n x 8 x 8, uint8) and ``labels`` (n, int64).
+is the same on every machine: one test image in five, drawn by a fixed seed. ``train.npy`` and ``test.npy`` hold records
+of an ``image`` (8 x 8, uint8) and its ``label`` (int64).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 SEED = 1998  # the year the data set was published
 TEST_SHARE = 5
+RECORD = np.dtype([("image", np.uint8, (8, 8)), ("label", np.int64)])
 
 
 def write_digits(directory: Path) -> None:
@@ -24,14 +25,15 @@ def write_digits(directory: Path) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images, labels = digits.images.astype(np.uint8), digits.target.astype(np.int64)
-    order = np.random.default_rng(SEED).permutation(len(labels))
-    test_count = len(labels) // TEST_SHARE
+    records = np.empty(len(digits.target), RECORD)
+    records["image"], records["label"] = digits.images, digits.target
+    order = np.random.default_rng(SEED).permutation(len(records))
+    test_count = len(records) // TEST_SHARE
     directory.mkdir(parents=True, exist_ok=True)
     for name, chosen in (("test", order[:test_count]), ("train", order[test_count:])):
-        partial = directory / f".{name}.partial.npz"
-        np.savez(partial, images=images[chosen], labels=labels[chosen])
-        os.replace(partial, directory / f"{name}.npz")
+        partial = directory / f".{name}.partial.npy"
+        np.save(partial, records[chosen])
+        os.replace(partial, directory / f"{name}.npy")
 
 
 def main() -> None:
@@ -41,8 +43,7 @@ def main() -> None:
     directory = Path(sys.argv[1])
     write_digits(directory)
     for name in ("train", "test"):
-        with np.load(directory / f"{name}.npz") as part:
-            print(f"{directory / name}.npz: {len(part['labels'])} images")
+        print(f"{directory / name}.npy: {len(np.load(directory / f'{name}.npy', mmap_mode='r'))} images")
 
 
 if __name__ == "__main__":

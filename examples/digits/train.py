@@ -2,11 +2,11 @@
 
     python -m launcher --nproc-per-node 2 examples/digits/train.py --epochs 12
 
-The images come from the channel ``training`` (``train.npz`` and ``test.npz``, see ``prepare.py``); when the job has no
-such channel, one rank of each host makes the files in the place where the channel would be. Rank 0 writes ``model.pt``
-and ``metrics.json`` into the model directory, and a checkpoint after every epoch. When the job is asked to stop, all
-ranks agree on the step to stop at, the checkpoint is written, and every rank ends with 0; the next run goes on from
-there, with any number of ranks.
+The images come from the channel ``training`` (``train.npy`` and ``test.npy``, see ``prepare.py``); when the job has no
+such channel, one rank of each host makes the files in the place where the channel would be. ``launcher.data.Loader``
+gives each rank its share of every batch. Rank 0 writes ``model.pt`` and ``metrics.json`` into the model directory, and
+a checkpoint after every epoch. When the job is asked to stop, all ranks agree on the step to stop at, the checkpoint is
+written, and every rank ends with 0; the next run goes on from there, with any number of ranks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import launcher
+from launcher.data import Loader
 
 
 class DigitNet(nn.Module):
@@ -50,14 +51,6 @@ class DigitNet(nn.Module):
         return self.layers(images)
 
 
-@dataclass
-class Position:
-    """Where training stands: the epoch, and how many samples of its order all ranks together have seen."""
-
-    epoch: int = 0
-    sample: int = 0
-
-
 def parse_arguments(ctx: launcher.Context) -> argparse.Namespace:
     """Read the hyperparameters; directories default to those of the job."""
     parser = argparse.ArgumentParser(description="Train on handwritten digits.")
@@ -75,7 +68,7 @@ def find_data(ctx: launcher.Context, given: Path | None, model_dir: Path) -> Pat
     if given is not None:
         return given
     place = model_dir.absolute().parent / "input" / "data" / "training"
-    if ctx.local_rank == 0 and not (place / "train.npz").exists():
+    if ctx.local_rank == 0 and not (place / "train.npy").exists():
         print(f"no channel 'training' in this job: writing the digits of scikit-learn to {place}", flush=True)
         write_digits(place)
     if ctx.world_size > 1:
@@ -83,11 +76,10 @@ def find_data(ctx: launcher.Context, given: Path | None, model_dir: Path) -> Pat
     return place
 
 
-def load(path: Path, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read one file of images and labels; pixels become 0..1."""
-    with np.load(path) as part:
-        images = torch.from_numpy(part["images"]).to(device, torch.float32).unsqueeze(1) / 16
-        return images, torch.from_numpy(part["labels"]).to(device)
+def to_tensors(records: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (n, 1, 8, 8) float32 images in 0..1, and their labels."""
+    images = torch.as_tensor(records["image"]).to(device, torch.float32).unsqueeze(1) / 16
+    return images, torch.as_tensor(records["label"]).to(device)
 
 
 def any_rank(flag: bool, world_size: int) -> bool:
@@ -114,13 +106,13 @@ class Trainer:
         self.ctx, self.args = ctx, args
         self.device = torch.device(ctx.device)
         self.data = find_data(ctx, args.data, args.model_dir)
-        self.images, self.labels = load(self.data / "train.npz", self.device)
-        self.test_images, self.test_labels = load(self.data / "test.npz", self.device)
+        per_rank = max(1, args.batch_size // ctx.world_size)
+        self.loader = Loader(self.data / "train.npy", per_rank, seed=args.seed, output="torch")
+        self.test_images, self.test_labels = to_tensors(np.load(self.data / "test.npy"), self.device)
         torch.manual_seed(args.seed)  # equal first weights on all ranks
         self.net = DigitNet().to(self.device)
         self.model: nn.Module = DistributedDataParallel(self.net) if ctx.world_size > 1 else self.net
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)
-        self.position = Position()
         self.history: list[dict[str, float]] = []
         self.checkpoint = Path(ctx.checkpoint_dir) / "digits.pt"
 
@@ -137,44 +129,38 @@ class Trainer:
             return
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.position, self.history = Position(**state["position"]), state["history"]
+        self.loader.load_state_dict(state["loader"])
+        self.history = state["history"]
         if self.ctx.rank == 0:
-            print(f"resumed at epoch {self.position.epoch + 1}, sample {self.position.sample}", flush=True)
+            print(f"resumed at {self.place()}", flush=True)
+
+    def place(self) -> str:
+        """Say where training stands: the epoch, and how many samples of it all ranks together have seen."""
+        return f"epoch {len(self.history) + 1}, sample {self.loader.state_dict()['position']}"
 
     def save_checkpoint(self) -> None:
         """Write the checkpoint (rank 0; the other ranks hold the same weights)."""
         if self.ctx.rank == 0:
             state = {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
-            save_atomically(
-                {**state, "position": vars(self.position), "history": self.history},
-                self.checkpoint,
-            )
+            save_atomically({**state, "loader": self.loader.state_dict(), "history": self.history}, self.checkpoint)
 
     def run_epoch(self) -> float | None:
         """Finish the current epoch. Return this rank's mean loss, or None when the job was asked to stop.
 
-        Every epoch has its own order of the samples, equal on all ranks. A step takes the next ``batch_size``
-        samples of it and a rank every ``world_size``-th of those, so the position means the same whatever the
-        number of ranks. The rest that would not give each rank an equal share is left out of this epoch.
+        Every epoch has an order of its own, equal on all ranks, and each step is the next ``batch_size`` samples of it,
+        so that the loader's position means the same whatever the number of ranks.
         """
-        generator = torch.Generator().manual_seed(self.args.seed + self.position.epoch)
-        order = torch.randperm(len(self.labels), generator=generator)
-        per_rank = max(1, self.args.batch_size // self.ctx.world_size)
-        per_step = per_rank * self.ctx.world_size
         losses: list[float] = []
-        while self.position.sample + per_step <= len(order):
+        batches = iter(self.loader)
+        for _ in range(len(self.loader)):
             if any_rank(self.ctx.stop_requested, self.ctx.world_size):
-                return None
-            start = self.position.sample
-            chosen = order[start + self.ctx.rank : start + per_step : self.ctx.world_size].to(self.device)
+                return None  # before the next batch is taken: the loader stands where training does
+            images, labels = to_tensors(next(batches), self.device)
             self.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(self.model(self.images[chosen]), self.labels[chosen])
+            loss = nn.functional.cross_entropy(self.model(images), labels)
             loss.backward()  # DistributedDataParallel averages the gradients here
             self.optimizer.step()
             losses.append(loss.item())
-            self.position.sample += per_step
-            self.ctx.step(samples=per_rank)
-        self.position = Position(self.position.epoch + 1, 0)
         return sum(losses) / max(1, len(losses))
 
     @torch.no_grad()
@@ -187,13 +173,13 @@ class Trainer:
 
     def train(self) -> bool:
         """Train to the last epoch. Return False when the job was asked to stop before."""
-        while self.position.epoch < self.args.epochs:
+        while len(self.history) < self.args.epochs:
             began = time.monotonic()
             loss = self.run_epoch()
             if loss is None:
                 self.save_checkpoint()
                 return False
-            entry = {"epoch": self.position.epoch, "loss": loss, "accuracy": self.accuracy()}
+            entry = {"epoch": len(self.history) + 1, "loss": loss, "accuracy": self.accuracy()}
             self.history.append(entry)
             self.save_checkpoint()
             if self.ctx.rank == 0:
@@ -235,8 +221,7 @@ def main() -> None:
         if finished:
             trainer.save_model()
         else:
-            position = trainer.position
-            print(f"stopped in epoch {position.epoch + 1}, sample {position.sample}: {trainer.checkpoint}", flush=True)
+            print(f"stopped in {trainer.place()}: {trainer.checkpoint}", flush=True)
     if ctx.world_size > 1:
         dist.barrier()  # no rank leaves while another still writes
         dist.destroy_process_group()

@@ -27,8 +27,8 @@ def load(channel: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     if channel is not None:
         parts = []
         for name in ("train", "test"):
-            with np.load(Path(channel) / f"{name}.npz") as part:
-                parts += [part["images"].reshape(-1, 64) / 16, part["labels"]]
+            records = np.load(Path(channel) / f"{name}.npy")
+            parts += [records["image"].reshape(-1, 64) / 16, records["label"]]
         return parts[0], parts[1], parts[2], parts[3]
     from sklearn.datasets import load_digits
 

@@ -28,7 +28,10 @@ class Context:
         channels: channel name -> directory.
         hyperparameters: the job's user hyperparameters, typed.
         attempt: 0, and one more after each restart of the group.
+        tells_steps: whether step() has been called in this process; what else counts steps is then silent.
     """
+
+    tells_steps = False
 
     def __init__(self, environ: dict[str, str]) -> None:
         def number(name: str, default: int) -> int:
@@ -86,6 +89,7 @@ class Context:
 
         A store into a mapped page, no system call.
         """
+        Context.tells_steps = True
         self._steps += 1
         self._samples += samples
         if self._page is not None:

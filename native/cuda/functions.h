@@ -11,6 +11,8 @@ namespace launcher::cuda {
 
 int pack(const LauncherCudaPack* job);
 int compress(const LauncherCudaCompress* job);
+int number_records(const LauncherCudaNumbering* job);
+int gather(const LauncherCudaGather* job);
 
 int comm_create(int device, int rank, int size, uint64_t staging_bytes, uint64_t shared_bytes, LauncherCudaComm** out);
 int comm_describe(LauncherCudaComm* comm, LauncherCudaPeer* out);

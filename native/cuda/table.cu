@@ -118,6 +118,8 @@ const LauncherCudaTable table = {
     memory,
     launcher::cuda::pack,
     launcher::cuda::compress,
+    launcher::cuda::number_records,
+    launcher::cuda::gather,
     event_create,
     event_record,
     event_done,

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-enum { kLauncherCudaAbi = 2, kLauncherCudaMaxRanks = 8 };
+enum { kLauncherCudaAbi = 3, kLauncherCudaMaxRanks = 8 };
 
 typedef struct {
   char name[256];
@@ -56,6 +56,51 @@ typedef struct {
   uint8_t wire_dtype;
   uint8_t decompress;  // 1: from wire to values
 } LauncherCudaCompress;
+
+// ---- batches of records that the GPU holds (native/cuda/gather.h)
+
+typedef enum {
+  kLauncherCudaInOrder = 0,    // the record of a position is the position
+  kLauncherCudaByTable = 1,    // a table says it
+  kLauncherCudaByNetwork = 2,  // it is computed
+} LauncherCudaOrder;
+
+// The numbers of launcher::data::Feistel (native/data/feistel.h).
+typedef struct {
+  uint64_t n;
+  uint32_t low_bits;
+  uint32_t low_mask;
+  uint32_t high_mask;
+  uint32_t keys[8][2];
+} LauncherCudaNetwork;
+
+// The records of a batch, by launcher::data::Span (native/data/share.h): row r < valid is at the position begin + r of
+// the order, a row after it at (padding + r - valid) % records.
+typedef struct {
+  LauncherCudaNetwork network;  // kLauncherCudaByNetwork
+  uint64_t table;               // kLauncherCudaByTable: uint16, one for each record
+  uint64_t numbers;             // uint64, one for each row: the result
+  uint64_t records;
+  uint64_t begin;
+  uint64_t padding;
+  uint64_t rows;
+  uint64_t valid;
+  uint64_t stream;
+  int32_t device;
+  uint8_t order;  // LauncherCudaOrder
+} LauncherCudaNumbering;
+
+// Row r of `target` is record numbers[r] of `source`. What is copied at a time, up to 16 bytes, is what divides both
+// addresses and the length of a row.
+typedef struct {
+  uint64_t source;
+  uint64_t target;
+  uint64_t numbers;  // uint64, one for each row
+  uint64_t rows;
+  uint64_t row_bytes;
+  uint64_t stream;
+  int32_t device;
+} LauncherCudaGather;
 
 // ---- allreduce between the GPUs of one host (native/cuda/allreduce.h says how)
 
@@ -134,6 +179,8 @@ typedef struct {
   // May be captured into a CUDA graph.
   int (*pack)(const LauncherCudaPack* job);
   int (*compress)(const LauncherCudaCompress* job);
+  int (*number_records)(const LauncherCudaNumbering* job);
+  int (*gather)(const LauncherCudaGather* job);
 
   // What times work on a stream. `event` is an address.
   int (*event_create)(int device, uint64_t* event);

@@ -52,10 +52,17 @@ LAUNCHER_DEVICE Wide load_once(const Wide* source) {
 LAUNCHER_DEVICE Narrow load_once(const Narrow* source) {
   return bits<Narrow>(__ldcs(reinterpret_cast<const uint2*>(source)));
 }
+LAUNCHER_DEVICE std::uint32_t load_once(const std::uint32_t* source) { return __ldcs(source); }
+LAUNCHER_DEVICE std::uint16_t load_once(const std::uint16_t* source) { return __ldcs(source); }
+LAUNCHER_DEVICE std::uint8_t load_once(const std::uint8_t* source) { return __ldcs(source); }
 
 LAUNCHER_DEVICE void store(Wide* target, const Wide& value) { *reinterpret_cast<uint4*>(target) = bits<uint4>(value); }
 LAUNCHER_DEVICE void store(Narrow* target, const Narrow& value) {
   *reinterpret_cast<uint2*>(target) = bits<uint2>(value);
+}
+template <typename Word>
+LAUNCHER_DEVICE void store(Word* target, Word value) {
+  *target = value;
 }
 
 // Of memory that another GPU writes: around the first-level cache, and never through the read-only path.
@@ -103,10 +110,14 @@ LAUNCHER_DEVICE void between_looks() {}  // a look takes as long as the way to t
 
 #else
 
-inline Wide load_once(const Wide* source) { return *source; }
-inline Narrow load_once(const Narrow* source) { return *source; }
-inline void store(Wide* target, const Wide& value) { *target = value; }
-inline void store(Narrow* target, const Narrow& value) { *target = value; }
+template <typename Unit>
+Unit load_once(const Unit* source) {
+  return *source;
+}
+template <typename Unit>
+void store(Unit* target, const Unit& value) {
+  *target = value;
+}
 inline Wide load_shared(const Wide* source) { return *source; }
 inline std::uint32_t load_acquire(const std::uint32_t* flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
 inline std::uint32_t load_relaxed(const std::uint32_t* flag) { return __atomic_load_n(flag, __ATOMIC_RELAXED); }

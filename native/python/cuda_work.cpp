@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -77,6 +78,81 @@ void compress(std::uint64_t values, std::uint64_t wire, std::uint64_t error, std
                                     stream, device, wire_dtype, static_cast<std::uint8_t>(decompress ? 1 : 0)};
   check(table().compress(&job), decompress ? "decompress" : "compress");
 }
+
+// Records that a GPU holds, a piece of memory for each field, and batches of them.
+class CudaGather {
+ public:
+  CudaGather(std::uint64_t records, const Numbers& sources, Numbers row_bytes, int device)
+      : sources_(sources), row_bytes_(std::move(row_bytes)), device_(device) {
+    if (sources_.size() != row_bytes_.size()) {
+      throw std::invalid_argument("sources and row_bytes: one of each for each field");
+    }
+    numbering_.records = records;
+    numbering_.device = device;
+  }
+
+  // As launcher._data.Order says it: its network, or else its table, which is on the GPU; neither: as they come.
+  void set_order(const Numbers& network, std::uint64_t table) {
+    LauncherCudaNetwork& own = numbering_.network;
+    constexpr std::size_t kRounds = sizeof own.keys / sizeof own.keys[0];
+    constexpr std::size_t kBefore = 4;
+    const auto whole_word = [](std::uint64_t number) { return number <= 0xffffffffU; };
+    if (network.size() != kBefore + 2 * kRounds) {
+      if (!network.empty()) {
+        throw std::invalid_argument("network: expected as many numbers as a network of this build has");
+      }
+      numbering_.order = table == 0 ? kLauncherCudaInOrder : kLauncherCudaByTable;
+      numbering_.table = table;
+      return;
+    }
+    if (network[0] != numbering_.records || !std::all_of(network.begin() + 1, network.end(), whole_word)) {
+      throw std::invalid_argument("network: expected one of an order of " + std::to_string(numbering_.records) +
+                                  " records");
+    }
+    const auto word = [&network](std::size_t number) { return static_cast<std::uint32_t>(network[number]); };
+    own.n = network[0];
+    own.low_bits = word(1);
+    own.low_mask = word(2);
+    own.high_mask = word(3);
+    for (std::size_t round = 0; round < kRounds; ++round) {
+      own.keys[round][0] = word(kBefore + 2 * round);
+      own.keys[round][1] = word(kBefore + 2 * round + 1);
+    }
+    numbering_.order = kLauncherCudaByNetwork;
+  }
+
+  void number(std::uint64_t numbers, std::uint64_t begin, std::uint64_t padding, std::uint64_t rows,
+              std::uint64_t valid, std::uint64_t stream) const {
+    LauncherCudaNumbering job = numbering_;
+    if (valid > rows || (valid > 0 && (begin > job.records || valid > job.records - begin)) ||
+        (rows > valid && padding >= job.records)) {
+      throw std::invalid_argument("rows that are not in an order of " + std::to_string(job.records) + " records");
+    }
+    job.numbers = numbers;
+    job.begin = begin;
+    job.padding = padding;
+    job.rows = rows;
+    job.valid = valid;
+    job.stream = stream;
+    check(table().number_records(&job), "numbers of a batch's records");
+  }
+
+  void gather(const Numbers& targets, std::uint64_t numbers, std::uint64_t rows, std::uint64_t stream) const {
+    if (targets.size() != sources_.size()) {
+      throw std::invalid_argument("targets: one for each field");
+    }
+    for (std::size_t field = 0; field < targets.size(); ++field) {
+      const LauncherCudaGather job = {sources_[field],   targets[field], numbers, rows,
+                                      row_bytes_[field], stream,         device_};
+      check(table().gather(&job), "rows of a batch");
+    }
+  }
+
+ private:
+  Numbers sources_, row_bytes_;
+  LauncherCudaNumbering numbering_ = {};
+  int device_;
+};
 
 class CudaEvent {
  public:
@@ -184,6 +260,14 @@ void bind_cuda_work(nb::module_& module) {
   module.def("cuda_compress", &compress, nb::arg("values"), nb::arg("wire"), nb::arg("error"), nb::arg("count"),
              nb::arg("wire_dtype"), nb::arg("device"), nb::arg("stream"), nb::arg("decompress"), Released(),
              "float32 to 16 bits with the error kept (0: not kept), or back.");
+  nb::class_<CudaGather>(module, "CudaGather", "Batches of records that a GPU holds (native/cuda/gather.h).")
+      .def(nb::init<std::uint64_t, const Numbers&, Numbers, int>(), nb::arg("records"), nb::arg("sources"),
+           nb::arg("row_bytes"), nb::arg("device"))
+      .def("set_order", &CudaGather::set_order, nb::arg("network"), nb::arg("table"))
+      .def("number", &CudaGather::number, nb::arg("numbers"), nb::arg("begin"), nb::arg("padding"), nb::arg("rows"),
+           nb::arg("valid"), nb::arg("stream"), Released())
+      .def("gather", &CudaGather::gather, nb::arg("targets"), nb::arg("numbers"), nb::arg("rows"), nb::arg("stream"),
+           Released());
   nb::class_<CudaEvent>(module, "CudaEvent", "A moment in a stream.")
       .def(nb::init<int>(), nb::arg("device"))
       .def("record", &CudaEvent::record, nb::arg("stream"), Released())

@@ -1,0 +1,101 @@
+// Records that an index finds and a codec takes apart.
+//
+// A codec is a class with
+//   struct State;                                                   what one thread keeps between records
+//   const std::vector<Field>& fields() const noexcept;
+//   void decode(std::span<const std::byte> record, const Place& place, const File& file, std::size_t row, Batch& batch,
+//               State& state) const;
+// decode() puts one record (with its frame) into row `row`, and throws DataError; then the columns are as before.
+#ifndef LAUNCHER_DATA_INDEXED_SOURCE_H
+#define LAUNCHER_DATA_INDEXED_SOURCE_H
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "index.h"
+#include "source.h"
+#include "stream_decoder.h"
+
+namespace launcher::data {
+
+template <typename Codec>
+class IndexedSource final : public Source {
+ public:
+  IndexedSource(Index index, Codec codec) : index_(std::move(index)), codec_(std::move(codec)) {}
+
+  std::uint64_t records() const noexcept override { return index_.records(); }
+  std::uint64_t bytes() const noexcept override { return index_.bytes(); }
+  const std::vector<Field>& fields() const noexcept override { return codec_.fields(); }
+  std::span<const std::shared_ptr<const File>> files() const noexcept override { return index_.files(); }
+  std::unique_ptr<Scratch> make_scratch() const override { return std::make_unique<State>(); }
+  std::shared_ptr<StreamDecoder> make_stream_decoder() const override { return stream_decoder(codec_); }
+  DataError describe(Problem problem, std::uint64_t record, const std::string& text) const override {
+    const Place place = index_.place(record);
+    return {problem, index_.files()[place.file]->path(), place.offset, place.number, text};
+  }
+
+  void fetch(std::span<const std::uint64_t> records, Batch& batch, Scratch& scratch) const override {
+    State& state = static_cast<State&>(scratch);
+    std::array<Place, kAhead> ahead;  // a ring: places that were looked up, and whose first lines are on their way
+    const std::size_t first = std::min(records.size(), kAhead);
+    for (std::size_t i = 0; i < first; ++i) {
+      ahead[i] = find(records[i]);
+    }
+    for (std::size_t i = 0; i < records.size(); ++i) {
+      const Place place = ahead[i % kAhead];
+      if (i + kAhead < records.size()) {
+        ahead[i % kAhead] = find(records[i + kAhead]);
+      }
+      const File& file = *index_.files()[place.file];
+      if (!file.mapped() && state.memory.capacity() < place.bytes) {
+        state.memory.reserve(place.bytes, 0);
+      }
+      const auto bytes = file.view(place.offset, place.bytes, state.memory.data());
+      try {
+        codec_.decode(bytes, place, file, batch.rows, batch, state.codec);
+      } catch (const DataError&) {
+        check_faults(place);  // what was lost is the cause, if anything was
+        throw;
+      }
+      check_faults(place);
+      ++batch.rows;
+    }
+  }
+
+ private:
+  static constexpr std::size_t kAhead = 8;
+  static constexpr std::size_t kLineBytes = 64;
+  static constexpr std::size_t kFetchedBytes = 4096;  // the processor's own prefetching does the rest
+
+  struct State final : Scratch {
+    typename Codec::State codec;
+    Buffer memory;  // of a record that is read
+  };
+
+  void check_faults(const Place& place) const {
+    if (file_faults() != 0) {
+      index_.files()[place.file]->check_faults(place.offset, place.bytes);
+      index_.part(place.file).check_faults();
+    }
+  }
+
+  Place find(std::uint64_t record) const noexcept {
+    const Place place = index_.place(record);
+    const File& file = *index_.files()[place.file];
+    if (file.mapped()) {
+      const std::byte* begin = file.contents().data() + place.offset;
+      for (std::size_t line = 0; line < std::min<std::uint64_t>(place.bytes, kFetchedBytes); line += kLineBytes) {
+        __builtin_prefetch(begin + line);
+      }
+    }
+    return place;
+  }
+
+  Index index_;
+  Codec codec_;
+};
+
+}  // namespace launcher::data
+
+#endif
