@@ -22,6 +22,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DIGITS = EXAMPLES / "digits" / "train.py"
 LINEAR = EXAMPLES / "numpy_linear" / "train.py"
+MILLION = EXAMPLES / "million_records" / "train.py"
 LIMIT_S = 100.0
 
 missing = [name for name in ("torch", "sklearn") if importlib.util.find_spec(name) is None]
@@ -247,3 +248,44 @@ def test_an_example_runs_without_the_launcher(script: Path, tmp_path: Path) -> N
     arguments = ["--epochs", "1"] if script is DIGITS else []
     run([script, *arguments], tmp_path, SM_MODEL_DIR=str(base / "model"))
     assert metrics_of(base)["world_size"] == 1
+
+
+def _batches_of(folder: Path) -> list[tuple[int, int, list[int]]]:
+    """(epoch, position after it, records) of the batches that ranks have written down; a line may be cut by a kill."""
+    lines = [line for file in folder.iterdir() for line in file.read_text().splitlines() if line.endswith("]]")]
+    return [tuple(json.loads(line)) for line in lines]
+
+
+@pytest.mark.slow
+@needs_torch
+@pytest.mark.parametrize("elsewhere", [1, 4, "two hosts"])
+def test_a_million_records_are_each_seen_once_although_the_job_is_killed(elsewhere: int | str, tmp_path: Path) -> None:
+    """Some records only: killed at whatever step it is in, it goes on with another number of ranks and batch size."""
+    import numpy as np
+
+    job, records, before, after = tmp_path / "job", 40_000, tmp_path / "before", tmp_path / "after"
+    data = tmp_path / "data"
+    run([MILLION.with_name("prepare.py"), data, "--records", str(records)], tmp_path)
+    before.mkdir()
+    after.mkdir()
+    common: list[str | Path] = [MILLION, "--epochs", "1", "--data", data]
+    first = ["-n", "2", "--job-dir", job, *common, "--batch-size", "10", "--save-every", "50", "--log-records", before]
+    with running(["-m", "launcher", *first], tmp_path) as process:
+        deadline = time.monotonic() + LIMIT_S
+        while not (job / "checkpoints" / "digits.npz").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+        process.kill()
+    checkpoint = next((job / "checkpoints").glob("digits.npz"))
+    with np.load(checkpoint) as saved:
+        position = json.loads(str(saved["loader"]))["position"]
+    assert 0 < position < records
+    words: list[str | Path] = ["-n", str(elsewhere), "--job-dir", job]
+    if elsewhere == "two hosts":
+        words = ["simulate", "--hosts", "2", "--dir", tmp_path / "hosts", "-n", "1"]
+        for host in ("algo-1", "algo-2"):
+            (tmp_path / "hosts" / host / "checkpoints").mkdir(parents=True)
+            shutil.copy(checkpoint, tmp_path / "hosts" / host / "checkpoints")
+    run(["-m", "launcher", *words, *common, "--batch-size", "20", "--log-records", after], tmp_path)
+    seen = [number for _, at, batch in _batches_of(before) if at <= position for number in batch]
+    seen += [number for _, _, batch in _batches_of(after) for number in batch]
+    assert sorted(seen) == list(range(records))

@@ -41,6 +41,7 @@ UNITS = {
     SHM: ("bytes", True),
     LISTING: ("s", True),
 }
+FLOORS = (GATHER, COPY)
 NO_RATIOS = (RESUME, MEMORY, GROWTH, SHM)  # may be nothing, or noise around it
 RECORDS = ("records/s", False)
 
@@ -113,6 +114,7 @@ class Outcome:
     bar: Bar
     values: tuple[float, ...]
     against: str
+    limit: float = 0.0  # what the floor of the table reaches by the same measure, in the median; 0: there is none
 
     @property
     def measured(self) -> float:
@@ -141,9 +143,14 @@ def by_round(samples: Sequence[Sample], table: str) -> dict[int, list[Sample]]:
     return found
 
 
+def _floor(table: str) -> str:
+    """The floor that nothing in the table can be much faster than: in the order that the table's loaders read in."""
+    return COPY if table.startswith("recordio") else GATHER
+
+
 def judge(bar: Bar, samples: Sequence[Sample]) -> Outcome | None:
     """None: it was not measured."""
-    values, named = [], []
+    values, named, limits = [], [], []
     for together in by_round(samples, bar.table).values():
         ours = [sample.value for sample in together if sample.label == bar.ours]
         theirs = [sample for sample in together if {sample.label, sample.peer} & set(bar.against)]
@@ -155,8 +162,11 @@ def judge(bar: Bar, samples: Sequence[Sample]) -> Outcome | None:
         best = max(theirs, key=lambda sample: sample.value)
         values.append(ours[0] / best.value)
         named.append(best.label)
+        if best.label not in FLOORS and (floors := [one.value for one in together if one.label == _floor(bar.table)]):
+            limits.append(max(floors) / best.value)
     against = max(set(named), key=named.count) if named else ""
-    return Outcome(bar, tuple(values), against) if values else None
+    limit = statistics.median(limits) if limits else 0.0
+    return Outcome(bar, tuple(values), against, limit) if values else None
 
 
 def outcomes(samples: Sequence[Sample]) -> list[Outcome]:

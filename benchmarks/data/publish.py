@@ -78,7 +78,9 @@ def _bar(outcome: Outcome) -> str:
     stretch = f"{bar.stretch:.0%}" if share else f"{bar.stretch:g}{suffix}"
     found = f"{outcome.measured:.0%}" if share else f"{span(outcome.values)}{suffix}"
     subject = bar.table if bar.ours == OURS else f"{bar.table}: {bar.ours}"
-    return f"| {subject} | {outcome.against or '-'} | {sign} {wanted} | {stretch} | {found} | {outcome.verdict} |"
+    limit = f"{number(outcome.limit)} x" if outcome.limit else ""
+    cells = (subject, outcome.against or "-", f"{sign} {wanted}", stretch, found, limit, outcome.verdict)
+    return f"| {' | '.join(cells)} |"
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -109,8 +111,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             "",
             f"{met} of {len(judged)} are met, {stretched} with the stretch.",
             "",
-            "| table | against | wanted | stretch | measured | |",
-            "|---|---|---|---|---|---|",
+            "| table | against | wanted | stretch | measured | the floor reaches | |",
+            "|---|---|---|---|---|---|---|",
             *map(_bar, judged),
             "",
         ]
