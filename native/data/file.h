@@ -62,6 +62,8 @@ class File {
   void check_unchanged() const;
   // How it will be read: `random` keeps the kernel from reading ahead.
   void advise(bool random) const noexcept;
+  // Maps the pages of a range at once, for who is about to touch each of them: a fault maps some of them only.
+  void populate(std::uint64_t offset, std::uint64_t bytes) const noexcept;
 
  private:
   void read(std::uint64_t offset, std::span<std::byte> memory) const;

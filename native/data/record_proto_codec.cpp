@@ -376,8 +376,11 @@ RecordSchema infer_schema(const Index& index, Dialect dialect) {
   const auto infer_as = [&](Dialect one) {
     return infer_schema(MessageForm::record, payload_of(record, frames, one, joined), origin);
   };
+  if (frames.parts == 1) {
+    return infer_as(Dialect::plain);  // one part is itself in either; to ask the file would take a walk through it
+  }
   const Dialect known = Dialects(dialect, index.files().size()).of(frames, place.file, file);
-  if (dialect != Dialect::automatic || frames.parts == 1 || known == Dialect::plain) {
+  if (dialect != Dialect::automatic || known == Dialect::plain) {
     return infer_as(known);
   }
   try {

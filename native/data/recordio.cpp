@@ -10,6 +10,9 @@ namespace {
 
 constexpr std::uint32_t kPad = 4;
 constexpr std::uint64_t kAhead = 16;  // records
+// Pages are mapped so far ahead where records are so short that most pages have a header.
+constexpr std::uint64_t kPopulateBytes = 16 << 20;
+constexpr std::uint64_t kShortBytes = 8 << 10;
 constexpr int kProof = 3;  // records that must follow each other for a header to be taken for one, after damage
 
 constexpr std::uint64_t padded(std::uint64_t bytes) { return (bytes + kPad - 1) / kPad * kPad; }
@@ -215,6 +218,12 @@ class Scan {
         return false;
       }
       const std::uint64_t bytes = std::min(kFrameHeaderBytes + padded(*length), size - at_);
+      if (at_ >= populated_) {
+        populated_ = at_ + kPopulateBytes;
+        if (bytes <= kShortBytes) {
+          file_.populate(at_, kPopulateBytes);
+        }
+      }
       // Most records are as long as their neighbours: then this is where a header is that comes soon.
       if (const std::uint64_t ahead = at_ + kAhead * bytes; ahead < size) {
         __builtin_prefetch(contents.data() + ahead);
@@ -247,7 +256,8 @@ class Scan {
   bool skip_;
   FileIndex index_;
   std::uint64_t at_ = 0;
-  std::uint64_t held_ = 0;  // bytes of the record that ends at `at_` and is not in the index yet
+  std::uint64_t populated_ = 0;  // up to here, or not worth it
+  std::uint64_t held_ = 0;       // bytes of the record that ends at `at_` and is not in the index yet
 };
 
 }  // namespace
