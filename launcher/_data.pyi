@@ -220,7 +220,8 @@ class Engine:
     ``epoch``: shuffle, seed, epoch, records, extent, window, lanes, base, world, rank, batch, tail, agreed_steps.
     ``makers``: for each field, then for the mask and the record numbers, what makes the column of NumPy arrays: of one
     (None: it is the column); of values and offsets; of values, offsets and keys.
-    ``fence``: makes an object whose ``query()`` says whether what was begun with a batch's memory is done.
+    ``fence``: makes an object whose ``query()`` says whether what was begun with a batch's memory is done, and whose
+    ``synchronize()`` waits for it: what close() does.
     """
 
     def __init__(

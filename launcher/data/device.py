@@ -12,7 +12,7 @@ from launcher.errors import LauncherError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from typing import Any, Protocol
 
     from launcher._data import Engine, Source
@@ -127,31 +127,12 @@ def make_engine(
 ) -> Engine:
     """An engine of tensors, in pinned memory unless ``pin`` is False; it has a batch back when nobody holds it."""
     from launcher import _data
-    from launcher.data.torch_data import makers_of
+    from launcher.data.torch_data import makers_of, registering
 
     given = {**options, "reuse": False}
     if pin is not False:
-        given |= _pinning(device)
+        given |= registering(device)
     return _data.Engine(source, epoch, makers_of(source_fields(source.fields)), **given)
-
-
-def _pinning(device: Any) -> dict[str, Callable[[int, int], None]]:
-    """Registers the engine's memory with CUDA. Called by threads that have no current device: it would be GPU 0."""
-    import torch
-
-    runtime = torch.cuda.cudart()
-
-    def register(begin: int, nbytes: int) -> None:
-        with torch.cuda.device(device):
-            status = int(runtime.cudaHostRegister(begin, nbytes, 0))
-        if status != 0:
-            raise RuntimeError(f"cudaHostRegister of {nbytes} bytes gave CUDA error {status}; pass pin=False")
-
-    def unregister(begin: int, nbytes: int) -> None:
-        with torch.cuda.device(device):
-            runtime.cudaHostUnregister(begin)
-
-    return {"register_memory": register, "unregister_memory": unregister}
 
 
 class CopiedBatches:

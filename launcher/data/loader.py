@@ -9,15 +9,15 @@ import weakref
 
 from launcher.collectives.place import read_place
 from launcher.data.channel import find_place
-from launcher.data.order import MOST, TAILS
-from launcher.data.progress import reporter
+from launcher.data.epochs import Epochs, check_number
+from launcher.data.order import TAILS
 from launcher.data.reading import FileReading, Wanted
 from launcher.data.transforms import split
 from launcher.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from launcher.collectives.group import Store
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _RING_LIMIT = 64
 
 
-class Loader:
+class Loader(Epochs):
     """Iterating it gives one epoch of batches: dicts of arrays, a row for each record.
 
     The order is a function of seed and epoch alone. A step takes ``world_size * batch_size`` positions of it, and each
@@ -123,24 +123,21 @@ class Loader:
         store: Store | None = None,
         **options: Any,
     ) -> None:
-        self._closed = False
-        self._process = os.getpid()
         _check_choice("tail", tail, TAILS)
         _check_choice("output", output, ("numpy", "torch"))
         _check_choice("on_bad", on_bad, ("raise", "substitute", "skip"))
-        _check_number("batch_size", batch_size, 1)
-        _check_number("seed", seed, 0)
-        _check_number("ring", ring, 1)
-        _check_number("ring_limit", ring_limit, ring)
-        _check_number("bad_limit", bad_limit, 0)
+        check_number("batch_size", batch_size, 1)
+        check_number("seed", seed, 0)
+        check_number("ring", ring, 1)
+        check_number("ring_limit", ring_limit, ring)
+        check_number("bad_limit", bad_limit, 0)
         if threads is not None:
-            _check_number("threads", threads, 0)
+            check_number("threads", threads, 0)
         if device is not None or device_cache:
             from launcher.data.device import find_device
 
             device, output = find_device(device, device_cache), "torch"
-        changes, self._functions = split(transform)
-        self.batch_size = batch_size
+        changes, functions = split(transform)
         self.rank, self.world_size, local_size = find_world(rank, world_size)
         self._reading = FileReading(
             Wanted(
@@ -177,12 +174,8 @@ class Loader:
                 options=options,
             )
         )
-        self._report = reporter() if progress else None
-        self._turn = 0  # of the iteration under way: those before it are over
-        self._under_way = False
-        self._epoch, self._position = 0, 0  # that the iteration under way, or else the next one, begins at
-        self._resumed = False
-        self._said_bad = False
+        super().__init__(batch_size, functions, progress)
+        self._process = os.getpid()
         _loaders.add(self)
 
     # --- what is in it ------------------------------------------------------------------------------------------------
@@ -196,11 +189,6 @@ class Loader:
     def records(self) -> int:
         """Records of the channel; where each host has files of its own, of this host."""
         return self._reading.records
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that is under way, or else the one that comes next."""
-        return self._epoch
 
     def __len__(self) -> int:
         """Batches of the iteration under way, or else of the one that comes next: fewer after a resume."""
@@ -218,19 +206,12 @@ class Loader:
 
     # --- where it stands ----------------------------------------------------------------------------------------------
 
-    def set_epoch(self, epoch: int) -> None:
-        """The next iteration is this epoch from its begin, or from where a state that was loaded stands in it."""
-        _check_number("epoch", epoch, 0)
-        if not (self._resumed and epoch == self._epoch):
-            self._stop(epoch, 0)
-
     def state_dict(self) -> dict[str, object]:
         """Where the loader stands: after the batch that was given last. About 150 bytes, the same on all ranks.
 
         It is good for any number of ranks and any batch size.
         """
-        position = self._reading.position if self._under_way else self._position
-        return self._reading.state_dict(self._epoch, position)
+        return self._reading.state_dict(self._epoch, self._place())
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Goes on where ``state`` was taken. All ranks load the same one.
@@ -239,81 +220,25 @@ class Loader:
             DataError: problem ``changed``: the files are not those of then. UsageError: it is no state for this job.
         """
         self._check_open()
-        self._stop(*self._reading.load_state_dict(state))
-        self._resumed = True
+        self._resume(*self._reading.load_state_dict(state))
 
-    def _stop(self, epoch: int, position: int) -> None:
-        """Ends the iteration under way; the next one begins there."""
-        self._turn += 1
-        self._epoch, self._position = epoch, position
-        self._under_way = self._resumed = False
+    # --- what Epochs asks for -----------------------------------------------------------------------------------------
 
-    # --- iterating ----------------------------------------------------------------------------------------------------
+    def _begin(self, epoch: int, position: int) -> Callable[[], dict[str, Any] | None]:
+        return self._reading.begin(epoch, position)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """One epoch, or the rest of it after load_state_dict(). An iteration under way ends; the next is another epoch.
+    def _reached(self) -> int:
+        return self._reading.position
 
-        Raises:
-            DataError, from here or at the batch: a record can not be read, a file was changed.
-        """
-        self._check_open()
-        if self._under_way:
-            self._stop(self._epoch + 1, 0)
-        self._turn += 1
-        self._resumed = False
-        next_batch = self._reading.begin(self._epoch, self._position)
-        self._under_way = True
-        return self._batches(next_batch, self._turn)
-
-    def _batches(self, next_batch: Callable[[], dict[str, Any] | None], turn: int) -> Iterator[dict[str, Any]]:
-        report, functions, rows = self._report, self._functions, self.batch_size
-        while self._turn == turn:
-            batch = next_batch()
-            if batch is None:
-                self._say_bad()
-                self._stop(self._epoch + 1, 0)
-                return
-            for function in functions:
-                batch = function(batch)
-            if report is not None:
-                report(rows)
-            yield batch
-        raise UsageError("this iteration of the loader ended when another one began, or the loader was closed")
-
-    def _say_bad(self) -> None:
-        if self._said_bad:
-            return
-        seen = self._reading.statistics()
-        if seen["substituted"]:
-            self._said_bad = True
-            print(
-                f"[launcher] {seen['substituted']} records could not be read, and others stand in for them (on_bad="
-                f"'substitute', mask False); the first: {seen['first_bad']}",
-                file=sys.stderr,
-            )
-
-    # --- the end ------------------------------------------------------------------------------------------------------
+    def _shut(self) -> None:
+        self._reading.close()
 
     def close(self) -> None:
         """Ends threads and gives memory back; batches that are kept stay valid. Where it stands can still be asked."""
         if os.getpid() != self._process:
             self._closed = True  # in a child of fork(): nothing of it is this process's
-        elif not self._closed:
-            if self._under_way:
-                self._stop(self._epoch, self._reading.position)
-            self._say_bad()
-            self._closed = True
-            self._reading.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UsageError("the loader is closed")
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        else:
+            super().close()
 
     def __repr__(self) -> str:
         return f"Loader({self.records} records, rank {self.rank} of {self.world_size}, epoch {self.epoch})"
@@ -343,7 +268,7 @@ def find_world(rank: int | None, world_size: int | None) -> tuple[int, int, int]
     place = read_place(os.environ)
     local = len(place.local_ranks) if place else 0
     if rank is not None and world_size is not None:
-        _check_number("world_size", world_size, 1)
+        check_number("world_size", world_size, 1)
         if not 0 <= rank < world_size:
             raise UsageError(f"rank is {rank}; expected 0 to {world_size - 1} (world_size is {world_size})")
     elif place is not None:
@@ -371,8 +296,3 @@ def _environment(name: str, default: int) -> int:
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UsageError(f"{name} is {value!r}; expected {', '.join(map(repr, choices))}")
-
-
-def _check_number(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
-        raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")

@@ -12,6 +12,7 @@ errors that name the column: leave it out with ``fields``, or give a value for n
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from launcher.data.fields import DTYPES, SIZES
@@ -95,14 +96,14 @@ def _decode_once(parquet: _Parquet, cache: str) -> str:
         if not os.path.exists(path):
             temporary = f"{path}.part"
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                parquet.decode(descriptor)
+            with contextlib.ExitStack() as undo:
+                undo.callback(os.unlink, temporary)
+                try:
+                    parquet.decode(descriptor)
+                finally:
+                    os.close(descriptor)
                 os.rename(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-            finally:
-                os.close(descriptor)
+                undo.pop_all()
     return path
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
+    from typing_extensions import Self
+
     FieldTuple = tuple[str, int, int, Sequence[int]]
     Columns = tuple[FieldTuple, int, int]
 
@@ -205,11 +207,9 @@ class Libsvm(Record):
         return _data.libsvm_source(index, self.columns or needed, base == 0, DTYPES.index(self.dtype), qid)
 
 
-class JsonLines(Record):
-    """A JSON object a line. Numbers, booleans and strings become fields, and arrays of numbers or booleans."""
-
+class _WithoutOptions(Record):
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> JsonLines:
+    def of(cls, options: Mapping[str, Any]) -> Self:
         """From options, of which there are none.
 
         Raises:
@@ -221,6 +221,10 @@ class JsonLines(Record):
     def key(self) -> str:
         """What the index of a file depends on."""
         return ""
+
+
+class JsonLines(_WithoutOptions):
+    """A JSON object a line. Numbers, booleans and strings become fields, and arrays of numbers or booleans."""
 
     def scan(self, file: _data.File, skip: bool = False) -> _data.FileIndex:
         """The records of a file: lines that are not blank.
@@ -262,22 +266,8 @@ class JsonLines(Record):
         return sorted(found, key=lambda field: names.index(field[0])) if names else list(found)
 
 
-class Lines(Record):
+class Lines(_WithoutOptions):
     """Lines as they are, blank ones too: the field "data", ragged uint8, without line ends."""
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Lines:
-        """From options, of which there are none.
-
-        Raises:
-            UsageError: an option was given.
-        """
-        _known(cls, options)
-        return cls()
-
-    def key(self) -> str:
-        """What the index of a file depends on."""
-        return ""
 
     def scan(self, file: _data.File, skip: bool = False) -> _data.FileIndex:
         """The records of a file.

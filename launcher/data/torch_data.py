@@ -48,8 +48,8 @@ def pinning(pin: bool | None) -> dict[str, Any]:
     """What the engine does so that CUDA copies from its memory without a detour; {}: nothing.
 
     A batch's memory is filled again only when what the current stream had been given by then is done, so a
-    ``non_blocking`` copy on it may be begun and the batch dropped. For a copy on another stream, keep the batch until
-    that one is done.
+    ``non_blocking`` copy on it may be begun and the batch dropped, and close() waits for it. For a copy on another
+    stream, or one that is begun after close(), keep the batch until that one is done.
 
     Raises:
         UsageError: ``pin`` is True, and torch has no CUDA.
@@ -62,24 +62,32 @@ def pinning(pin: bool | None) -> dict[str, Any]:
         return {}
     if not torch.cuda.is_available():
         raise UsageError("pin is True, but torch finds no CUDA device; leave it out")
-    runtime = torch.cuda.cudart()
-
-    def check(result: Any, what: str) -> None:
-        if int(result) != 0:
-            raise RuntimeError(f"{what} gave CUDA error {int(result)}; pass pin=False")
-
-    def register(begin: int, nbytes: int) -> None:
-        check(runtime.cudaHostRegister(begin, nbytes, 0), "cudaHostRegister")
-
-    def unregister(begin: int, nbytes: int) -> None:
-        runtime.cudaHostUnregister(begin)
 
     def fence() -> Any:
         event = torch.cuda.Event()
         event.record()
         return event
 
-    return {"register_memory": register, "unregister_memory": unregister, "fence": fence}
+    return {**registering(torch.cuda.current_device()), "fence": fence}
+
+
+def registering(device: Any) -> dict[str, Callable[[int, int], None]]:
+    """Registers the engine's memory with CUDA. Called by threads that have no current device: it would be GPU 0."""
+    import torch
+
+    runtime = torch.cuda.cudart()
+
+    def register(begin: int, nbytes: int) -> None:
+        with torch.cuda.device(device):
+            status = int(runtime.cudaHostRegister(begin, nbytes, 0))
+        if status != 0:
+            raise RuntimeError(f"cudaHostRegister of {nbytes} bytes gave CUDA error {status}; pass pin=False")
+
+    def unregister(begin: int, nbytes: int) -> None:
+        with torch.cuda.device(device):
+            runtime.cudaHostUnregister(begin)
+
+    return {"register_memory": register, "unregister_memory": unregister}
 
 
 def torch_dataset(channel: str | os.PathLike[str], batch_size: int, **options: Any) -> Any:
@@ -212,13 +220,4 @@ def _places(order: Order, first: int, steps: int, ranks: int) -> list[int]:
     return [order.at(position % records) for position in range(first, end, ranks)]
 
 
-def sampler(
-    dataset: Sized | int,
-    num_replicas: int | None = None,
-    rank: int | None = None,
-    shuffle: bool = True,
-    seed: int = 0,
-    drop_last: bool = False,
-) -> Sampler:
-    """A :class:`Sampler`, for ``DataLoader(dataset, sampler=...)``."""
-    return Sampler(dataset, num_replicas, rank, shuffle, seed, drop_last)
+sampler = Sampler  # for DataLoader(dataset, sampler=...)

@@ -63,12 +63,6 @@ bool read_stat(pid_t pid, Stat& out) noexcept {
 
 void throw_system(const std::string& what) { throw std::system_error(errno, std::generic_category(), what); }
 
-Descriptor::~Descriptor() {
-  if (fd_ >= 0) {
-    ::close(fd_);
-  }
-}
-
 Descriptor make_memory(const char* label, std::size_t bytes) {
   Descriptor memory(::memfd_create(label, MFD_CLOEXEC));
   if (!memory) {

@@ -11,28 +11,11 @@
 #include <string>
 #include <utility>
 
+#include "launcher/descriptor.h"
+
 namespace launcher::collectives {
 
 [[noreturn]] void throw_system(const std::string& what);  // std::system_error from errno
-
-class Descriptor {
- public:
-  Descriptor() noexcept = default;
-  explicit Descriptor(int fd) noexcept : fd_(fd) {}
-  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Descriptor& operator=(Descriptor&& other) noexcept {
-    std::swap(fd_, other.fd_);
-    return *this;
-  }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  ~Descriptor();
-  int get() const noexcept { return fd_; }
-  explicit operator bool() const noexcept { return fd_ >= 0; }
-
- private:
-  int fd_ = -1;
-};
 
 // Memory without a name, which goes when the last descriptor and mapping of it are gone: nothing to clean up after a
 // rank that is killed, and not bound by the size of /dev/shm.

@@ -10,7 +10,7 @@
 #include <string_view>
 #include <system_error>
 
-#include "descriptor.h"
+#include "launcher/descriptor.h"
 
 namespace launcher::data {
 namespace {

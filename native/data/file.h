@@ -10,9 +10,9 @@
 #include <utility>
 #include <vector>
 
-#include "descriptor.h"
 #include "error.h"
 #include "fault.h"
+#include "launcher/descriptor.h"
 
 namespace launcher::data {
 

@@ -9,7 +9,7 @@
 #include <system_error>
 #include <utility>
 
-#include "descriptor.h"
+#include "launcher/descriptor.h"
 
 namespace launcher::data {
 namespace {

@@ -10,8 +10,8 @@
 #include <string>
 #include <utility>
 
-#include "descriptor.h"
 #include "error.h"
+#include "launcher/descriptor.h"
 
 namespace launcher::data {
 

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "descriptor.h"
 #include "engine.h"
+#include "launcher/descriptor.h"
 #include "ring.h"
 #include "stream_decoder.h"
 

@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "descriptor.h"
+#include "launcher/descriptor.h"
 
 namespace launcher::data {
 

@@ -16,7 +16,7 @@
 #include <unordered_map>
 
 #include "batch.h"
-#include "descriptor.h"
+#include "launcher/descriptor.h"
 
 // The layout, in the byte order of the machine (a sidecar never leaves it):
 //   header   64 bytes

@@ -14,6 +14,8 @@
 #include <limits>
 #include <utility>
 
+#include "launcher/descriptor.h"
+
 namespace launcher {
 namespace {
 
@@ -74,18 +76,6 @@ std::string unpack(const OperationName& words) {
   std::memcpy(text.data(), words.data(), kOperationSize);
   return {text.begin(), std::find(text.begin(), text.end(), '\0')};
 }
-
-class Descriptor {
- public:
-  explicit Descriptor(int fd) noexcept : fd_(fd) {}
-  ~Descriptor() { ::close(fd_); }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  int get() const noexcept { return fd_; }
-
- private:
-  int fd_;
-};
 
 int open_file(const std::string& path, int flags) {
   int fd;

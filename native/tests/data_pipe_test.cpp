@@ -23,6 +23,7 @@
 
 namespace {
 
+using launcher::Descriptor;
 using namespace launcher::data;
 using Bytes = std::vector<std::byte>;
 

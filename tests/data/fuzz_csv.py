@@ -10,14 +10,11 @@ name the line.
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import random
 import struct
 import sys
-import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,11 @@ from launcher.data.text import Csv
 from launcher.errors import DataError
 
 if __package__:
+    from .fuzzing import check_files, main
     from .text_reading import nearest_float32, read, texts
 else:
     sys.path.insert(0, str(Path(__file__).parent))
+    from fuzzing import check_files, main
     from text_reading import nearest_float32, read, texts
 
 MISSING = (
@@ -241,28 +240,16 @@ def check_damaged(draw: random.Random, file: File, path: Path) -> None:
 
 def run(cases: int, seed: int, folder: Path) -> tuple[int, int]:
     """Checks as many records at least. How many they were, and of how many files."""
-    draw = random.Random(seed)
-    records = files = 0
     path = folder / "fuzz.csv"
-    while records < cases:
+
+    def check_one(draw: random.Random) -> int:
         file = File(draw, draw.randint(2, 60))
         check(draw, file, path)
         check_damaged(draw, file, path)
-        records += len(file.rows)
-        files += 1
-    return records, files
+        return len(file.rows)
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        records, files = run(options.cases, options.seed, Path(folder))
-    print(f"seed {options.seed}: {records} records of {files} files the same, in {time.monotonic() - begin:.0f} s")
+    return check_files(cases, seed, check_one)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], run)

@@ -9,12 +9,9 @@ values. float32 is compared with the C library's strtof: scikit-learn rounds twi
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,11 @@ from launcher.data.text import Libsvm
 from launcher.errors import DataError, UsageError
 
 if __package__:
+    from .fuzzing import check_files, main
     from .text_reading import nearest_float32, read
 else:
     sys.path.insert(0, str(Path(__file__).parent))
+    from fuzzing import check_files, main
     from text_reading import nearest_float32, read
 
 NUMBERS = ("0", "-0", "1", "+1", "1e-45", "4.9e-324", "1e400", "-1e400", "1e-400", "inf", "-inf", ".5", "5.", "007")
@@ -135,30 +134,18 @@ def check(draw: random.Random, file: File, path: Path) -> None:
 
 def run(cases: int, seed: int, folder: Path) -> tuple[int, int]:
     """Checks as many records at least. How many they were, and of how many files."""
-    draw = random.Random(seed)
-    records = files = 0
     path = folder / "fuzz.libsvm"
-    while records < cases:
+
+    def check_one(draw: random.Random) -> int:
         file = File(draw, draw.randint(1, 60))
         check(draw, file, path)
         file.lines[draw.randrange(len(file.lines))] = draw.choice(DAMAGES if file.queries else DAMAGES[:-1])
         file.damaged = True
         check(draw, file, path)
-        records += len(file.rows)
-        files += 1
-    return records, files
+        return len(file.rows)
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        records, files = run(options.cases, options.seed, Path(folder))
-    print(f"seed {options.seed}: {records} records of {files} files the same, in {time.monotonic() - begin:.0f} s")
+    return check_files(cases, seed, check_one)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], run)

@@ -111,6 +111,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(
 HANDLERS = """
 import faulthandler, mmap, os, sys
 from launcher import _data
+from launcher.errors import DataError
 
 def lose(path):
     with open(path, "wb") as file:
@@ -123,7 +124,7 @@ ours.check_unchanged()
 os.truncate("ours", 0)
 try:
     ours.read(4096, 1)
-except Exception as error:
+except DataError as error:
     print(type(error).__name__, flush=True)
 with open(lose("theirs"), "r+b") as file:
     theirs = mmap.mmap(file.fileno(), 0)

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from launcher import _data
 from launcher.data import Loader
+from launcher.data.fields import DTYPES
 from launcher.errors import DataError
 
 numpy = pytest.importorskip("numpy")
@@ -270,3 +272,36 @@ def test_threads_that_are_never_waited_for_end_with_the_process(path: Path) -> N
         print("done")
     """
     assert run(program, path) == "done\n"
+
+
+def test_close_waits_for_what_reads_the_memory(path: Path) -> None:
+    """What a batch's fence stands for is over when close() returns, whether the batch was dropped or not."""
+    begun: list[Copying] = []
+
+    class Copying:
+        """As a CUDA event: over when somebody has waited for it."""
+
+        def __init__(self) -> None:
+            self.over = False
+            begun.append(self)
+
+        def query(self) -> bool:
+            return self.over
+
+        def synchronize(self) -> None:
+            self.over = True
+
+    source = _data.fixed_source([_data.File(path)], [128], 32, [("values", DTYPES.index("int32"), [8], 0)])
+    epoch = dict.fromkeys(("shuffle", "seed", "epoch", "base", "rank", "tail"), 0)
+    epoch |= dict.fromkeys(("extent", "window", "lanes", "world"), 1)
+    epoch |= {"records": COUNT, "batch": 8, "agreed_steps": -1}
+    engine = _data.Engine(source, epoch, [None, None, None], fence=Copying)
+    dropped = engine.next()
+    kept = engine.next()
+    del dropped
+    last = engine.next()
+    assert [copying.over for copying in begun] == [False]
+    engine.close()
+    assert [copying.over for copying in begun] == [True] * 3
+    assert kept is not None and last is not None
+    assert (kept["values"][:, 0] == range(8, 16)).all() and (last["values"][:, 0] == range(16, 24)).all()

@@ -120,6 +120,18 @@ void Batches::collect() {
   }
 }
 
+void Batches::wait() {
+  for (Face& face : faces_) {
+    if (face.lease == nullptr || presentation_.fence.is_none()) {
+      continue;
+    }
+    if (!face.pending.is_valid()) {
+      face.pending = presentation_.fence();
+    }
+    face.pending.attr("synchronize")();
+  }
+}
+
 Batches::Face& Batches::face_of(const Filled& filled) {
   const auto found =
       std::find_if(faces_.begin(), faces_.end(), [&filled](const Face& face) { return face.filled == &filled; });

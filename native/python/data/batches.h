@@ -19,7 +19,7 @@ struct Presentation {
   bool mask = false, numbers = false;
   bool reuse = false;  // the same objects for the same memory, whether anybody still holds them or not
   // Called when nobody holds a batch any more; what it returns says by query() when the memory is not read any more
-  // either, say by a copy to a GPU that was begun with it. None: at once.
+  // either, say by a copy to a GPU that was begun with it, and waits for it by synchronize(). None: at once.
   nb::object fence = nb::none();
 };
 
@@ -35,6 +35,8 @@ class Batches {
   nb::dict present(data::Lease lease);
   // Gives back to the engine what nobody uses any more; with `reuse`, all.
   void collect();
+  // Until what reads the memory of batches that are lent, as far as it was begun by now, is done with it.
+  void wait();
 
  private:
   // An array of all of a piece of memory, whose views the user gets.

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../waiting.h"
+#include "arguments.h"
 #include "batches.h"
 #include "fixed_source.h"
 #include "module.h"
@@ -36,19 +37,6 @@ data::DType to_dtype(int number) {
                                 std::to_string(collectives::kDTypes - 1));
   }
   return static_cast<data::DType>(number);
-}
-
-nb::list fields_of(const Source& source) {
-  nb::list out;
-  for (const Field& field : source.fields()) {
-    nb::list shape;
-    for (const std::uint64_t extent : field.shape) {
-      shape.append(extent);
-    }
-    out.append(
-        nb::make_tuple(field.name, static_cast<int>(field.kind), static_cast<int>(field.dtype), nb::tuple(shape)));
-  }
-  return out;
 }
 
 SharedSource make_fixed_source(data::Files files, std::vector<std::uint64_t> headers, std::uint64_t stride,
@@ -74,19 +62,12 @@ SharedSource make_changed_source(SharedSource source, const std::vector<GivenCha
   return data::changed_source(std::move(source), std::move(changes));
 }
 
-// A function of Python's that C++ threads call. Copies are made and dropped without the GIL.
 template <typename... Arguments>
 std::function<void(Arguments...)> callback(nb::object function) {
   if (function.is_none()) {
     return {};
   }
-  std::shared_ptr<nb::object> held(new nb::object(std::move(function)), [](nb::object* object) {
-    if (Py_IsInitialized() != 0) {
-      nb::gil_scoped_acquire locked;
-      delete object;
-    }
-  });
-  return [held](Arguments... arguments) {
+  return [held = hold(std::move(function))](Arguments... arguments) {
     nb::gil_scoped_acquire locked;
     (*held)(arguments...);
   };
@@ -179,6 +160,7 @@ class Engine {
     if (engine_) {
       const Turn turn(*this);
       shut();
+      batches_.wait();  // what is lent outlives the engine, but perhaps not for long
     }
   }
 
@@ -276,7 +258,7 @@ void bind_engine(nb::module_& module) {
   nb::class_<Source>(module, "Source")
       .def_prop_ro("records", &Source::records)
       .def_prop_ro("bytes", &Source::bytes)
-      .def_prop_ro("fields", &fields_of);
+      .def_prop_ro("fields", [](const Source& self) { return described(self.fields()); });
   module.def("fixed_source", &make_fixed_source, "files"_a, "headers"_a, "stride"_a, "fields"_a);
 
   module.def("changed_source", &make_changed_source, "source"_a, "changes"_a);

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../waiting.h"
+#include "arguments.h"
 #include "batches.h"
 #include "dealer.h"
 #include "module.h"
@@ -30,32 +31,13 @@ namespace launcher::python {
 namespace {
 
 using SharedDecoder = std::shared_ptr<data::StreamDecoder>;
-using FieldTuple = std::tuple<std::string, int, int, std::vector<std::uint64_t>>;  // name, kind, dtype, shape
 
-data::Descriptor duplicate(int fd) {
-  data::Descriptor out(::dup(fd));
+Descriptor duplicate(int fd) {
+  Descriptor out(::dup(fd));
   if (!out) {
     throw nb::value_error("a file descriptor that is not open");
   }
   return out;
-}
-
-std::vector<data::Field> fields_of(const std::vector<FieldTuple>& tuples) {
-  std::vector<data::Field> out;
-  for (const auto& [name, kind, dtype, shape] : tuples) {
-    if (kind < 0 || kind > 2 || dtype < 0 || dtype >= collectives::kDTypes) {
-      throw nb::value_error("there is no such kind or dtype of a field");
-    }
-    out.push_back({name, static_cast<data::Kind>(kind), static_cast<data::DType>(dtype), shape});
-  }
-  return out;
-}
-
-data::Dialect dialect_of(const std::string& name) {
-  if (name != "auto" && name != "dmlc" && name != "plain") {
-    throw nb::value_error("dialect is auto, dmlc or plain");
-  }
-  return name == "auto" ? data::Dialect::automatic : name == "dmlc" ? data::Dialect::dmlc : data::Dialect::plain;
 }
 
 using TextRules = std::tuple<std::string, std::string, std::string, bool, bool>;  // quote to keep_blank, header
@@ -91,13 +73,7 @@ std::function<bool(std::uint64_t, bool)> agreement(nb::object function) {
   if (function.is_none()) {
     return {};
   }
-  std::shared_ptr<nb::object> held(new nb::object(std::move(function)), [](nb::object* object) {
-    if (Py_IsInitialized() != 0) {
-      nb::gil_scoped_acquire locked;
-      delete object;
-    }
-  });
-  return [held](std::uint64_t step, bool ready) {
+  return [held = hold(std::move(function))](std::uint64_t step, bool ready) {
     nb::gil_scoped_acquire locked;
     try {
       return nb::cast<bool>((*held)(step, ready));
@@ -248,19 +224,6 @@ SharedDecoder decoder_of(const data::Source& source) {
   return decoder;
 }
 
-nb::list fields_of_decoder(const data::StreamDecoder& decoder) {
-  nb::list out;
-  for (const data::Field& field : decoder.fields()) {
-    nb::list shape;
-    for (const std::uint64_t extent : field.shape) {
-      shape.append(extent);
-    }
-    out.append(
-        nb::make_tuple(field.name, static_cast<int>(field.kind), static_cast<int>(field.dtype), nb::tuple(shape)));
-  }
-  return out;
-}
-
 void raise_lost(const std::exception_ptr& exception, void*) {
   try {
     std::rethrow_exception(exception);
@@ -278,12 +241,14 @@ void bind_pipe(nb::module_& module) {
   module.def(
       "make_ring",
       [](std::size_t bytes) {
-        data::Descriptor memory = data::Ring::create(bytes);
+        Descriptor memory = data::Ring::create(bytes);
         return memory.release();
       },
       "bytes"_a);
 
-  nb::class_<data::StreamDecoder>(module, "StreamDecoder").def_prop_ro("fields", &fields_of_decoder);
+  nb::class_<data::StreamDecoder>(module, "StreamDecoder").def_prop_ro("fields", [](const data::StreamDecoder& self) {
+    return described(self.fields());
+  });
   module.def("stream_decoder", &decoder_of, "source"_a);
   module.def(
       "attributes_decoder",

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "encode.h"
 #include "example_codec.h"
 #include "indexed_source.h"
@@ -27,37 +28,12 @@ namespace launcher::python {
 namespace {
 
 using SourcePointer = std::shared_ptr<const data::Source>;
-using FieldTuple = std::tuple<std::string, int, int, std::vector<std::uint64_t>>;  // name, kind, dtype, shape
 using Array = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 // The field, the values, and of ragged and sparse ones offsets (int64), of sparse ones keys (uint64).
 using ColumnTuple = std::tuple<FieldTuple, Array, std::optional<Array>, std::optional<Array>>;
 
-data::Dialect dialect_of(const std::string& name) {
-  if (name == "auto") {
-    return data::Dialect::automatic;
-  }
-  if (name == "dmlc" || name == "plain") {
-    return name == "dmlc" ? data::Dialect::dmlc : data::Dialect::plain;
-  }
-  throw nb::value_error("dialect is auto, dmlc or plain");
-}
-
-data::Field field_of(const FieldTuple& tuple) {
-  const auto& [name, kind, dtype, shape] = tuple;
-  if (kind < 0 || kind > 2 || dtype < 0 || dtype >= collectives::kDTypes) {
-    throw nb::value_error("there is no such kind or dtype of a field");
-  }
-  return {name, static_cast<data::Kind>(kind), static_cast<data::DType>(dtype), shape};
-}
-
-FieldTuple tuple_of(const data::Field& field) {
-  return {field.name, static_cast<int>(field.kind), static_cast<int>(field.dtype), field.shape};
-}
-
 std::vector<data::TensorField> declared(data::MessageForm form, const std::vector<FieldTuple>& tuples) {
-  std::vector<data::Field> fields;
-  std::transform(tuples.begin(), tuples.end(), std::back_inserter(fields), field_of);
-  return data::declare_fields(form, fields);
+  return data::declare_fields(form, fields_of(tuples));
 }
 
 SourcePointer recordio_source(const data::Index& index, const std::string& dialect, bool image_header) {

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "csv.h"
 #include "json.h"
 #include "libsvm.h"
@@ -23,16 +24,7 @@ namespace {
 
 using Released = nb::call_guard<nb::gil_scoped_release>;
 using SourcePointer = std::shared_ptr<const data::Source>;
-using FieldTuple = std::tuple<std::string, int, int, std::vector<std::uint64_t>>;  // name, kind, dtype, shape
-using Columns = std::tuple<FieldTuple, std::size_t, std::size_t>;                  // and the first column, and how many
-
-data::Field field_of(const FieldTuple& tuple) {
-  const auto& [name, kind, dtype, shape] = tuple;
-  if (kind < 0 || kind > 2 || dtype < 0 || dtype >= collectives::kDTypes) {
-    throw nb::value_error("there is no such kind or dtype of a field");
-  }
-  return {name, static_cast<data::Kind>(kind), static_cast<data::DType>(dtype), shape};
-}
+using Columns = std::tuple<FieldTuple, std::size_t, std::size_t>;  // and the first column, and how many
 
 // A character as an option, and whether it makes sense: not one that numbers or lines have. `none`: the empty text is
 // no character.
@@ -125,7 +117,7 @@ std::vector<FieldTuple> json_fields(const data::Index& index, const std::vector<
   const data::Place place = index.place(0);
   try {
     for (const data::Field& field : data::json_fields(*line, names)) {
-      tuples.emplace_back(field.name, static_cast<int>(field.kind), static_cast<int>(field.dtype), field.shape);
+      tuples.push_back(tuple_of(field));
     }
   } catch (const data::JsonError& error) {
     throw data::DataError(error.malformed() ? data::Problem::malformed : data::Problem::mismatch,
@@ -135,11 +127,7 @@ std::vector<FieldTuple> json_fields(const data::Index& index, const std::vector<
 }
 
 SourcePointer json_source(const data::Index& index, const std::vector<FieldTuple>& fields) {
-  std::vector<data::Field> wanted;
-  for (const FieldTuple& field : fields) {
-    wanted.push_back(field_of(field));
-  }
-  return data::json_source(index, std::move(wanted));
+  return data::json_source(index, fields_of(fields));
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 // A file descriptor with an owner.
-#ifndef LAUNCHER_DATA_DESCRIPTOR_H
-#define LAUNCHER_DATA_DESCRIPTOR_H
+#ifndef LAUNCHER_DESCRIPTOR_H
+#define LAUNCHER_DESCRIPTOR_H
 
 #include <unistd.h>
 
 #include <utility>
 
-namespace launcher::data {
+namespace launcher {
 
 class Descriptor {
  public:
@@ -21,7 +21,7 @@ class Descriptor {
   Descriptor& operator=(const Descriptor&) = delete;
   ~Descriptor() {
     if (fd_ >= 0) {
-      close(fd_);
+      ::close(fd_);
     }
   }
   int get() const noexcept { return fd_; }
@@ -32,6 +32,6 @@ class Descriptor {
   int fd_ = -1;
 };
 
-}  // namespace launcher::data
+}  // namespace launcher
 
 #endif
