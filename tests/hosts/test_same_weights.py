@@ -64,7 +64,8 @@ def test_torch_over_gloo(train: Callable[..., Any]) -> None:
     import torch
 
     def weights(count: int) -> dict[str, Any]:
-        host = train(count, EXAMPLES / "digits" / "train.py", "--epochs 3 --batch-size 48")
+        script = EXAMPLES / "digits" / "train.py"
+        host = train(count, script, "--preload", "torch", "--epochs 3 --batch-size 48")
         return dict(torch.load(host.base / "model" / "model.pt", weights_only=True))
 
     alone = weights(1)

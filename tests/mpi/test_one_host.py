@@ -232,6 +232,7 @@ def test_mpirun_that_refuses_to_start(job: Any, mpirun: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mpirun", ["openmpi-5"], indirect=True)  # no matter of the MPI, and 10 s each
 def test_mpirun_that_lingers_is_ended(job: Any, mpirun: Path) -> None:
     script = job.script("""
         import os, time
