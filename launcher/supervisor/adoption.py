@@ -302,13 +302,13 @@ class Adoption:
             self._tell_end(helper.connection, code, "" if not code else f"the MPI daemon {where} {how}")
         if slot == _MPIRUN:
             self._mpirun_ended = True
-            self._judge_mpirun(f"{where} {how}", killed, code, tail)
+            self._judge_mpirun(f"{where} {how}", killed, code, tail, event.number(4))
         else:
-            self._judge_daemon(f"the MPI daemon {where} {how}", killed, code)
+            self._judge_daemon(f"the MPI daemon {where} {how}", killed, code, event.number(4))
 
-    def _judge_mpirun(self, text: str, killed: bool, code: int, tail: str) -> None:
+    def _judge_mpirun(self, text: str, killed: bool, code: int, tail: str, ended_ns: int) -> None:
         if killed:
-            self._on_kill(f"{text} while ranks were at work" if self._asked else text, code)
+            self._on_kill(f"{text} while ranks were at work" if self._asked else text, code, ended_ns)
         elif not self.attempt.running:
             return
         elif code and not self._asked:
@@ -318,17 +318,20 @@ class Adoption:
         elif code:
             self.attempt.say(f"WARNING: {text}, although all ranks here have ended with 0")
 
-    def _judge_daemon(self, text: str, killed: bool, code: int) -> None:
+    def _judge_daemon(self, text: str, killed: bool, code: int, ended_ns: int) -> None:
         if killed:
-            self._on_kill(text, code)
+            self._on_kill(text, code, ended_ns)
         elif self.attempt.running and (code or not self.attempt.all_ended()):
             self._suspect(f"{text} while ranks are at work", code or 1)
 
-    def _on_kill(self, text: str, code: int) -> None:
-        """mpirun or a daemon was killed. Stand-ins, here or on another host, may have seen first what follows."""
+    def _on_kill(self, text: str, code: int, ended_ns: int) -> None:
+        """mpirun or a daemon was killed. Stand-ins, here or on another host, may have seen first what follows.
+
+        Its end is told once its output has been read, which may be when the ranks have ended of it, too.
+        """
         if self.attempt.running:
             self.attempt.fail(text, code)
-        elif self.attempt.stage == _STOP:
+        elif self.attempt.stage == _STOP or 0 < ended_ns < self.attempt.swept_ns:  # else it was us
             self.stop_reason, self.stop_code = text, code
 
     def _on_spawn_failed(self, event: Event) -> None:

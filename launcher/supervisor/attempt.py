@@ -59,6 +59,7 @@ class Attempt:
         self.on_trouble: Callable[[str], None] = lambda reason: None
         self._leaving: set[int] = set()
         self._told_ns = 0
+        self.swept_ns = 0  # when what was left began to be ended; 0: not yet
         self._deadline_s = 0.0
         self._line_at_s = 0.0
 
@@ -196,6 +197,7 @@ class Attempt:
         if self.stage in (SWEEP, DONE) and term_ms:
             return
         self.stage = SWEEP
+        self.swept_ns = self.swept_ns or time.monotonic_ns()
         self._line_at_s = 0.0
         self._told_ns = self._told_ns or time.monotonic_ns()
         self.guardian.send("sweep", term_ms)
