@@ -40,6 +40,10 @@ Buffer::Buffer(std::size_t bytes) : capacity_(whole_pages(bytes)) {
     throw std::bad_alloc();
   }
   data_ = static_cast<std::byte*>(memory);
+  constexpr std::size_t kHugePage = 2 << 20;
+  if (capacity_ >= kHugePage) {
+    madvise(memory, capacity_, MADV_HUGEPAGE);  // fewer page faults; where there are none, it is as without
+  }
 }
 
 Buffer::Buffer(Buffer&& other) noexcept

@@ -123,19 +123,51 @@ bool exact_number(std::string_view text, T& out) noexcept {
   return false;
 }
 
-// The numbers of `count` columns, the first of which begins at bounds[0]. The column that is none, or `count`.
+// The numbers of columns first .. count - 1 (the column 0 begins at bounds[0]), up to one that is in no usual form:
+// that column, or `count`.
+template <typename T>
+std::size_t usual_numbers(const QuickText& quick, const std::uint32_t* bounds, std::size_t first, std::size_t count,
+                          T* out) {
+  std::size_t i = first;
+  for (T number; i < count && quick_number(quick.at(bounds[i]), bounds[i + 1] - bounds[i] - 1, number); ++i) {
+    std::memcpy(out + i, &number, sizeof(T));
+  }
+  return i;
+}
+
+#ifdef __x86_64__
+template <typename T>
+[[gnu::target("sse4.1")]] std::size_t wide_numbers(const QuickText& quick, const std::uint32_t* bounds,
+                                                   std::size_t first, std::size_t count, T* out) {
+  std::size_t i = first;
+  for (T number; i < count && wide_number(quick.at(bounds[i]), bounds[i + 1] - bounds[i] - 1, number); ++i) {
+    std::memcpy(out + i, &number, sizeof(T));
+  }
+  return i;
+}
+#endif
+
+// All of them, in whatever form. The column that is none, or `count`.
 template <typename T>
 std::size_t numbers(const char* line, const QuickText& quick, const std::uint32_t* bounds, std::size_t count, T* out) {
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::size_t begin = bounds[i];
-    const std::size_t bytes = bounds[i + 1] - begin - 1;
+  auto* most = usual_numbers<T>;
+#ifdef __x86_64__
+  if constexpr (std::is_floating_point_v<T>) {
+    static const bool wide = __builtin_cpu_supports("sse4.1") != 0;
+    most = wide ? wide_numbers<T> : most;
+  }
+#endif
+  for (std::size_t i = 0;; ++i) {
+    i = most(quick, bounds, i, count, out);
+    if (i == count) {
+      return count;
+    }
     T number;
-    if (!quick_number(quick.at(begin), bytes, number) && !exact_number({line + begin, bytes}, number)) {
+    if (!exact_number({line + bounds[i], bounds[i + 1] - bounds[i] - 1}, number)) {
       return i;
     }
     std::memcpy(out + i, &number, sizeof(T));
   }
-  return count;
 }
 
 }  // namespace

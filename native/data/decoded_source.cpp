@@ -4,12 +4,10 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "near.h"
+
 namespace launcher::data {
 namespace {
-
-constexpr std::size_t kAhead = 8;
-constexpr std::size_t kLineBytes = 64;
-constexpr std::size_t kFetchedBytes = 4096;  // the processor's own prefetching does the rest
 
 struct Run {
   std::uint64_t begin, count;
@@ -55,28 +53,18 @@ class DecodedSource final : public Source {
   }
 
   void fetch(std::span<const std::uint64_t> records, Batch& batch, Scratch&) const override {
-    for (std::size_t i = 0; i < std::min(kAhead, records.size()); ++i) {
-      prefetch(records[i]);
-    }
-    for (std::size_t i = 0; i < records.size(); ++i) {
-      if (i + kAhead < records.size()) {
-        prefetch(records[i + kAhead]);
-      }
-      take(records[i], batch);
-      ++batch.rows;
-    }
+    const auto stride = static_cast<std::size_t>(decoded_.stride);
+    visit(
+        records.size(), [&](std::size_t i) { return std::span(row(records[i]), stride); },
+        [&](std::size_t i) {
+          take(records[i], batch);
+          ++batch.rows;
+        });
   }
 
  private:
   const std::byte* row(std::uint64_t record) const noexcept {
     return decoded_.file->contents().data() + record * decoded_.stride;
-  }
-
-  void prefetch(std::uint64_t record) const noexcept {
-    const std::byte* begin = row(record);
-    for (std::size_t line = 0; line < std::min<std::uint64_t>(decoded_.stride, kFetchedBytes); line += kLineBytes) {
-      __builtin_prefetch(begin + line);
-    }
   }
 
   void take(std::uint64_t record, Batch& batch) const {
@@ -86,7 +74,7 @@ class DecodedSource final : public Source {
       Column& column = batch.columns[i];
       const std::byte* field = from + decoded_.fields[i].offset;
       if (fields_[i].kind == Kind::fixed) {
-        std::memcpy(column.values.data() + batch.rows * bytes_[i], field, bytes_[i]);
+        copy_near(column.values.data() + batch.rows * bytes_[i], field, bytes_[i]);
         continue;
       }
       Run run;
@@ -97,9 +85,7 @@ class DecodedSource final : public Source {
       }
       const auto count = static_cast<std::size_t>(run.count);
       std::byte* to = append(column, batch.rows, count, item);
-      if (count != 0) {
-        std::memcpy(to, decoded_.file->contents().data() + run.begin, count * item);
-      }
+      copy_near(to, decoded_.file->contents().data() + run.begin, count * item);
       column.offsets[batch.rows + 1] = column.offsets[batch.rows] + static_cast<std::int64_t>(count);
     }
   }

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "extents.h"
+#include "memory.h"
 
 namespace launcher::data {
 namespace {
@@ -230,11 +231,27 @@ void File::populate(std::uint64_t offset, std::uint64_t bytes) const noexcept {
 #endif
 }
 
-void File::advise(bool random) const noexcept {
-  if (data_ != nullptr) {
-    madvise(const_cast<std::byte*>(data_), static_cast<std::size_t>(size_), random ? MADV_RANDOM : MADV_SEQUENTIAL);
-  } else if (descriptor_) {
-    posix_fadvise(descriptor_.get(), 0, 0, random ? POSIX_FADV_RANDOM : POSIX_FADV_SEQUENTIAL);
+void File::advise(Pattern pattern) const noexcept {
+  if (data_ == nullptr) {
+    return;
+  }
+  const auto say = [this](int what) {
+    madvise(const_cast<std::byte*>(data_), static_cast<std::size_t>(size_), what);  // a kernel may not know of it
+  };
+  say(pattern == Pattern::scattered ? MADV_RANDOM : MADV_NORMAL);
+  if (pattern == Pattern::kept) {
+    say(MADV_HUGEPAGE);
+  }
+}
+
+void advise(std::span<const std::shared_ptr<const File>> files, bool any_order) noexcept {
+  std::uint64_t bytes = 0;
+  for (const auto& file : files) {
+    bytes += file->mapped() ? file->size() : 0;
+  }
+  const bool kept = bytes != 0 && bytes <= available_memory() / 2;  // the other half is for the training
+  for (const auto& file : files) {
+    file->advise(kept ? Pattern::kept : any_order ? Pattern::scattered : Pattern::onward);
   }
 }
 

@@ -29,6 +29,12 @@ enum class Access : std::uint8_t {
   read = 2,  // pread: for what FUSE serves, where a page fault is dear and an error would be a signal
 };
 
+enum class Pattern : std::uint8_t {
+  onward = 0,     // mostly from front to back: the kernel reads ahead
+  scattered = 1,  // anywhere, and there is no memory to keep it all: only what is touched is read
+  kept = 2,       // all of it, in any order, and there is memory for it: huge pages, each read as a whole
+};
+
 // Whether what is at `path` is served by FUSE (SageMaker's FastFile mode). Throws DataError(changed, unreadable).
 bool served_by_fuse(const std::string& path);
 
@@ -60,8 +66,8 @@ class File {
   // Throws DataError(changed) when size or time of change are not what they were, by the path. Called before an epoch:
   // it also sees to it that faults still come to our handler.
   void check_unchanged() const;
-  // How it will be read: `random` keeps the kernel from reading ahead.
-  void advise(bool random) const noexcept;
+  // Says what the pages of a mapped file are wanted for.
+  void advise(Pattern pattern) const noexcept;
   // Maps the pages of a range at once, for who is about to touch each of them: a fault maps some of them only.
   void populate(std::uint64_t offset, std::uint64_t bytes) const noexcept;
 
@@ -79,6 +85,9 @@ class File {
 };
 
 using Files = std::vector<std::shared_ptr<const File>>;
+
+// Says what files are wanted for whose every record is wanted, in any order or onward.
+void advise(std::span<const std::shared_ptr<const File>> files, bool any_order) noexcept;
 
 }  // namespace launcher::data
 

@@ -9,7 +9,7 @@ namespace launcher::data {
 namespace {
 
 // Of the time at most: looking whether the files are still as they were.
-constexpr int kLookShare = 50;
+constexpr int kLookShare = 200;
 // Neighbours that are tried in place of a record. Where so many in a row are bad, the file is.
 constexpr std::uint64_t kNeighbours = 1000;
 
@@ -38,6 +38,10 @@ void Filler::begin(const OrderParameters& order, const ShareParameters& share) {
   share_ = share;
   steps_ = data::steps(share);
   bad_.store(0, std::memory_order_relaxed);
+  if (const bool any_order = order.shuffle == Shuffle::full; !advised_ || *advised_ != any_order) {
+    advise(source_->files(), any_order);
+    advised_ = any_order;
+  }
 }
 
 // A file that has become shorter ends in the middle of a page, and the rest of that page reads as zeros without any

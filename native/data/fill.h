@@ -48,6 +48,7 @@ class Filler {
   std::optional<Order> order_;
   ShareParameters share_;
   std::uint64_t steps_ = 0;
+  std::optional<bool> advised_;  // the files: for any order, or onward
 
   std::atomic<Clock::rep> look_again_{0};
   std::atomic<std::uint64_t> bad_{0};  // of this epoch

@@ -142,8 +142,7 @@ Index::Index(Files files, std::vector<std::shared_ptr<const FileIndex>> parts) {
 }
 
 Place Index::place(std::uint64_t record) const noexcept {
-  const auto after = std::upper_bound(first_.begin(), first_.end(), record);
-  const auto file = static_cast<std::size_t>(after - first_.begin()) - 1;
+  const std::size_t file = file_of(record);
   const std::uint64_t number = record - first_[file];
   const auto [offset, bytes] = spans_[file].at(number);
   return {file, offset, bytes, number};

@@ -2,6 +2,7 @@
 #ifndef LAUNCHER_DATA_INDEX_H
 #define LAUNCHER_DATA_INDEX_H
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -53,6 +54,17 @@ struct Spans {
     }
     const std::uint64_t next = number + 1;
     return {offset, (next < records ? bases[next / kBlock] + deltas[next] : end) - offset};
+  }
+  [[gnu::always_inline]] void bring_near(std::uint64_t number) const noexcept {  // see near.h
+    if (wide != nullptr) {
+      __builtin_prefetch(wide + 2 * number);
+      return;
+    }
+    __builtin_prefetch(bases + number / kBlock);
+    __builtin_prefetch(deltas + number);
+    if (lengths != nullptr) {
+      __builtin_prefetch(lengths + number);
+    }
   }
 };
 
@@ -112,10 +124,20 @@ class Index {
   // The first record of each file; then the number of all.
   const std::vector<std::uint64_t>& first() const noexcept { return first_; }
   Place place(std::uint64_t record) const noexcept;  // record < records()
+  // Brings near what place() will look up.
+  [[gnu::always_inline]] void bring_near(std::uint64_t record) const noexcept {  // see near.h
+    const std::size_t file = file_of(record);
+    spans_[file].bring_near(record - first_[file]);
+  }
   // Of all records, with their frames.
   std::uint64_t bytes() const noexcept { return bytes_; }
 
  private:
+  std::size_t file_of(std::uint64_t record) const noexcept {
+    const auto after = std::upper_bound(first_.begin(), first_.end(), record);
+    return static_cast<std::size_t>(after - first_.begin()) - 1;
+  }
+
   std::shared_ptr<const Files> files_;
   std::vector<std::shared_ptr<const FileIndex>> parts_;
   std::vector<Spans> spans_;

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "index.h"
+#include "near.h"
 #include "source.h"
 #include "stream_decoder.h"
 
@@ -37,59 +38,50 @@ class IndexedSource final : public Source {
 
   void fetch(std::span<const std::uint64_t> records, Batch& batch, Scratch& scratch) const override {
     State& state = static_cast<State&>(scratch);
-    std::array<Place, kAhead> ahead;  // a ring: places that were looked up, and whose first lines are on their way
-    const std::size_t first = std::min(records.size(), kAhead);
-    for (std::size_t i = 0; i < first; ++i) {
-      ahead[i] = find(records[i]);
-    }
-    for (std::size_t i = 0; i < records.size(); ++i) {
-      const Place place = ahead[i % kAhead];
-      if (i + kAhead < records.size()) {
-        ahead[i % kAhead] = find(records[i + kAhead]);
+    std::array<Place, kPlaces> places;  // a ring: visit() is never further ahead
+    const auto locate = [&](std::size_t i) -> std::span<const std::byte> {
+      if (i + kPlaces < records.size()) {
+        index_.bring_near(records[i + kPlaces]);
       }
+      const Place place = places[i % kPlaces] = index_.place(records[i]);
       const File& file = *index_.files()[place.file];
-      if (!file.mapped() && state.memory.capacity() < place.bytes) {
-        state.memory.reserve(place.bytes, 0);
-      }
-      const auto bytes = file.view(place.offset, place.bytes, state.memory.data());
-      try {
-        codec_.decode(bytes, place, file, batch.rows, batch, state.codec);
-      } catch (const DataError&) {
-        check_faults(place);  // what was lost is the cause, if anything was
-        throw;
-      }
-      check_faults(place);
-      ++batch.rows;
+      return file.mapped() ? file.contents().subspan(place.offset, place.bytes) : std::span<const std::byte>();
+    };
+    for (std::size_t i = 0; i < std::min(records.size(), kPlaces); ++i) {
+      index_.bring_near(records[i]);
     }
+    visit(records.size(), locate, [&](std::size_t i) { take(places[i % kPlaces], batch, state); });
   }
 
  private:
-  static constexpr std::size_t kAhead = 8;
-  static constexpr std::size_t kLineBytes = 64;
-  static constexpr std::size_t kFetchedBytes = 4096;  // the processor's own prefetching does the rest
+  static constexpr std::size_t kPlaces = 32;
 
   struct State final : Scratch {
     typename Codec::State codec;
     Buffer memory;  // of a record that is read
   };
 
+  void take(const Place& place, Batch& batch, State& state) const {
+    const File& file = *index_.files()[place.file];
+    if (!file.mapped() && state.memory.capacity() < place.bytes) {
+      state.memory.reserve(place.bytes, 0);
+    }
+    const auto bytes = file.view(place.offset, place.bytes, state.memory.data());
+    try {
+      codec_.decode(bytes, place, file, batch.rows, batch, state.codec);
+    } catch (const DataError&) {
+      check_faults(place);  // what was lost is the cause, if anything was
+      throw;
+    }
+    check_faults(place);
+    ++batch.rows;
+  }
+
   void check_faults(const Place& place) const {
     if (file_faults() != 0) {
       index_.files()[place.file]->check_faults(place.offset, place.bytes);
       index_.part(place.file).check_faults();
     }
-  }
-
-  Place find(std::uint64_t record) const noexcept {
-    const Place place = index_.place(record);
-    const File& file = *index_.files()[place.file];
-    if (file.mapped()) {
-      const std::byte* begin = file.contents().data() + place.offset;
-      for (std::size_t line = 0; line < std::min<std::uint64_t>(place.bytes, kFetchedBytes); line += kLineBytes) {
-        __builtin_prefetch(begin + line);
-      }
-    }
-    return place;
   }
 
   Index index_;

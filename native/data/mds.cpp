@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "near.h"
 #include "window.h"
 
 namespace launcher::data {
@@ -227,9 +228,7 @@ void MdsCodec::decode(std::span<const std::byte> record, const Place& place, con
     Column& column = batch.columns[i];
     const bool fixed = fields_[i].kind == Kind::fixed;
     std::byte* to = fixed ? column.values.data() + row * value.size() : append(column, row, value.size() / item, item);
-    if (!value.empty()) {
-      std::memcpy(to, value.data(), value.size());
-    }
+    copy_near(to, value.data(), value.size());
     if (!fixed) {
       column.offsets[row + 1] = column.offsets[row] + static_cast<std::int64_t>(value.size() / item);
     }

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "near.h"
+
 namespace launcher::data {
 namespace {
 
@@ -172,19 +174,18 @@ bool RecordProtoCodec::predicted(Chunk payload, std::size_t row, Batch& batch, c
     expected += piece.bytes;
   }
   for (const Skeleton::Copy& copy : skeleton.copies) {
-    const TensorField& field = schema_.fields[copy.field];
-    const std::size_t column = column_of_[copy.field];
-    std::byte* out = nullptr;
-    if (column != kNoColumn) {
-      out = batch.columns[column].values.data() + row * field.values * value_size(field);
-    }
     const Chunk values = payload.subspan(copy.from.offset, copy.from.bytes);
-    if (is_of_varints(field.type)) {
+    if (copy.row_bytes == 0) {
+      const TensorField& field = schema_.fields[copy.field];
+      std::byte* out = nullptr;
+      if (copy.column != kNoColumn) {
+        out = batch.columns[copy.column].values.data() + row * field.values * value_size(field);
+      }
       if (!predicted_numbers(values, field, out)) {
         return false;
       }
-    } else if (out != nullptr) {
-      std::memcpy(out, values.data(), values.size());
+    } else if (copy.column != kNoColumn) {
+      copy_near(batch.columns[copy.column].values.data() + row * copy.row_bytes, values.data(), values.size());
     }
   }
   return true;
@@ -201,7 +202,11 @@ void RecordProtoCodec::remember(Chunk payload, const std::vector<Tensor>& tensor
     }
     if (!tensors[i].values.empty() && !tensors[i].values[0].empty()) {
       const Chunk values = tensors[i].values[0];
-      skeleton.copies.push_back({{static_cast<std::size_t>(values.data() - payload.data()), values.size()}, i});
+      const TensorField& field = schema_.fields[i];
+      const std::size_t row_bytes =
+          is_of_varints(field.type) ? 0 : static_cast<std::size_t>(field.values) * value_size(field);
+      skeleton.copies.push_back(
+          {{static_cast<std::size_t>(values.data() - payload.data()), values.size()}, i, column_of_[i], row_bytes});
     }
   }
   std::sort(skeleton.copies.begin(), skeleton.copies.end(),

@@ -30,7 +30,8 @@ class RecordProtoCodec {
     };
     struct Copy {
       Piece from;
-      std::size_t field;
+      std::size_t field, column;  // the column may be none
+      std::size_t row_bytes;      // of the column; 0: they are to be decoded
     };
     std::size_t bytes = 0;  // of the record
     std::vector<Piece> pieces;

@@ -4,6 +4,8 @@
 #include <string>
 #include <utility>
 
+#include "near.h"
+
 namespace launcher::data {
 namespace {
 
@@ -61,9 +63,7 @@ void RecordCodec::decode(std::span<const std::byte> record, const Place& place, 
   }
   Column& column = batch.columns.back();
   std::byte* out = append(column, row, payload.size(), 1);
-  if (!payload.empty()) {
-    std::memcpy(out, payload.data(), payload.size());
-  }
+  copy_near(out, payload.data(), payload.size());
   column.offsets[row + 1] = column.offsets[row] + static_cast<std::int64_t>(payload.size());
 }
 

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "near.h"
+
 namespace launcher::data {
 namespace {
 
@@ -380,9 +382,7 @@ void TarCodec::decode(std::span<const std::byte> record, const Place& place, con
     }
     const std::span<const std::byte> bytes_of_field = state.found[i];
     std::byte* to = append(column, row, bytes_of_field.size(), 1);
-    if (!bytes_of_field.empty()) {
-      std::memcpy(to, bytes_of_field.data(), bytes_of_field.size());
-    }
+    copy_near(to, bytes_of_field.data(), bytes_of_field.size());
     column.offsets[row + 1] = column.offsets[row] + static_cast<std::int64_t>(bytes_of_field.size());
   }
 }

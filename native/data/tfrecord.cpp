@@ -4,6 +4,7 @@
 #include <string>
 
 #include "crc32c.h"
+#include "near.h"
 #include "window.h"
 
 namespace launcher::data {
@@ -132,9 +133,7 @@ void TfRecordCodec::decode(std::span<const std::byte> record, const Place& place
   const auto data = tfrecord_data(record, place, file, check_sums_);
   Column& column = batch.columns.front();
   std::byte* out = append(column, row, data.size(), 1);
-  if (!data.empty()) {
-    std::memcpy(out, data.data(), data.size());
-  }
+  copy_near(out, data.data(), data.size());
   column.offsets[row + 1] = column.offsets[row] + static_cast<std::int64_t>(data.size());
 }
 

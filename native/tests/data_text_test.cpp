@@ -90,10 +90,26 @@ bool same(T a, T b) {
   return std::memcmp(&a, &b, sizeof(T)) == 0;
 }
 
+#ifdef __x86_64__
+template <typename T>
+[[gnu::target("sse4.1")]] bool wide(std::string_view text, T& out) {
+  const QuickText readable(text);
+  return __builtin_cpu_supports("sse4.1") != 0 && wide_number(readable.at(0), text.size(), out);
+}
+bool has_wide() { return __builtin_cpu_supports("sse4.1") != 0; }
+#else
+template <typename T>
+bool wide(std::string_view, T&) {
+  return false;
+}
+bool has_wide() { return false; }
+#endif
+
 void numbers_are_the_nearest() {
   Random random(1);
   Guarded guarded;
   std::size_t quick = 0;
+  std::size_t taken_wide = 0;
   for (int i = 0; i < 100'000; ++i) {
     const std::string text = number(random);
     const float wanted = std::strtof(text.c_str(), nullptr);
@@ -113,8 +129,16 @@ void numbers_are_the_nearest() {
     if (quick_number(readable.at(0), text.size(), fast_double)) {
       CHECK(same(fast_double, wanted_double));
     }
+    if (wide(there, fast)) {
+      CHECK(same(fast, wanted));
+      ++taken_wide;
+    }
+    if (wide(there, fast_double)) {
+      CHECK(same(fast_double, wanted_double));
+    }
   }
   CHECK(quick > 25'000);  // otherwise it would be tested for nothing
+  CHECK(!has_wide() || taken_wide > 25'000);
 }
 
 void whole_numbers() {
@@ -135,6 +159,7 @@ void whole_numbers() {
     CHECK(!parse_number<float>(text));
     float fast = 0;
     CHECK(!quick_number(QuickText(text).at(0), std::strlen(text), fast));
+    CHECK(!wide(text, fast));
   }
   CHECK(parse_number<float>("1e99999999999999999999") == std::numeric_limits<float>::infinity());
   CHECK(same(*parse_number<float>("-1e-99999999999999999999"), -0.0F));

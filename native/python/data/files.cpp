@@ -154,8 +154,7 @@ void bind_files(nb::module_& module) {
       .def_prop_ro("mapped", &data::File::mapped)
       .def("read", read_bytes, nb::arg("offset"), nb::arg("bytes"))
       .def("check_faults", nb::overload_cast<>(&data::File::check_faults, nb::const_), Released())
-      .def("check_unchanged", &data::File::check_unchanged, Released())
-      .def("advise", &data::File::advise, nb::arg("random"), Released());
+      .def("check_unchanged", &data::File::check_unchanged, Released());
 
   nb::class_<data::FileIndex>(module, "FileIndex")
       .def(nb::new_(&file_index), nb::arg("records") = std::vector<std::pair<std::uint64_t, std::uint64_t>>())
