@@ -22,9 +22,10 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t kReadBytes = std::size_t{256} << 10;  // at a time: what is read stays in the second-level cache
 constexpr std::size_t kLongest = std::size_t{4} << 30;      // of a record: what is longer has no ends
-constexpr std::size_t kQuietBytes = std::size_t{16}
-                                    << 10;  // before a rank sees them: each look at them moves a cache line
-constexpr int kTickMs = 1000;               // a knock that was lost costs no more than this
+// Before a rank sees them, unless nothing more is there to be read: each look at them moves a cache line, and on a core
+// that both share each costs two changes of threads.
+constexpr std::size_t kQuietBytes = kReadBytes;
+constexpr int kTickMs = 1000;  // a knock that was lost costs no more than this
 
 std::uint64_t nanoseconds_since(Clock::time_point begin) {
   return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count());

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -403,3 +404,29 @@ def test_steps_are_told_to_the_supervisor(folder: Path, tmp_path: Path, monkeypa
     for _ in range(3):
         next(batches)
     assert seen() == (begin[0] + 3, begin[1] + 12)
+
+
+def flags_of(path: Path) -> set[str]:
+    """What this process has told the kernel of a mapped file's pages (VmFlags of proc(5))."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.endswith(str(path)))
+    return set(next(line for line in lines if line.startswith("VmFlags:")).split()[1:])
+
+
+def test_a_set_is_kept_in_huge_pages_where_memory_allows(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.npy", tmp_path / "large.npy"
+    numpy.save(small, records(100_000))
+    with load(small, format="auto", fields=None) as loader:
+        next(iter(loader))
+        assert "hg" in flags_of(small) and "rr" not in flags_of(small)
+    # Of a set that no memory holds, only what is touched is to be read: it is sparse, and stays so.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    numpy.lib.format.open_memmap(large, "w+", records(0).dtype, (2 * memory // STRIDE,)).flush()
+    before = large.stat().st_blocks
+    with load(large, format="auto", fields=None) as loader:
+        next(iter(loader))
+        assert "rr" in flags_of(large) and "hg" not in flags_of(large)
+    with load(large, format="auto", fields=None, shuffle="none") as loader:
+        next(iter(loader))
+        assert not {"rr", "hg"} & flags_of(large)
+    assert large.stat().st_blocks == before
