@@ -38,24 +38,25 @@ class IndexedSource final : public Source {
 
   void fetch(std::span<const std::uint64_t> records, Batch& batch, Scratch& scratch) const override {
     State& state = static_cast<State&>(scratch);
-    std::array<Place, kPlaces> places;  // a ring: visit() is never further ahead
+    std::array<Place, kVisitAhead> places;  // a ring
     const auto locate = [&](std::size_t i) -> std::span<const std::byte> {
-      if (i + kPlaces < records.size()) {
-        index_.bring_near(records[i + kPlaces]);
+      if (i + kVisitAhead < records.size()) {
+        index_.bring_near(records[i + kVisitAhead]);
       }
-      const Place place = places[i % kPlaces] = index_.place(records[i]);
+      const Place place = places[i % kVisitAhead] = index_.place(records[i]);
       const File& file = *index_.files()[place.file];
-      return file.mapped() ? file.contents().subspan(place.offset, place.bytes) : std::span<const std::byte>();
+      if (!file.mapped() || place.offset > file.size() || place.bytes > file.size() - place.offset) {
+        return {};  // take() reads it, or says that the index is another file's
+      }
+      return file.contents().subspan(place.offset, place.bytes);
     };
-    for (std::size_t i = 0; i < std::min(records.size(), kPlaces); ++i) {
+    for (std::size_t i = 0; i < std::min(records.size(), kVisitAhead); ++i) {
       index_.bring_near(records[i]);
     }
-    visit(records.size(), locate, [&](std::size_t i) { take(places[i % kPlaces], batch, state); });
+    visit(records.size(), locate, [&](std::size_t i) { take(places[i % kVisitAhead], batch, state); });
   }
 
  private:
-  static constexpr std::size_t kPlaces = 32;
-
   struct State final : Scratch {
     typename Codec::State codec;
     Buffer memory;  // of a record that is read

@@ -65,6 +65,9 @@ inline constexpr std::size_t kLineBytes = 64;
   }
 }
 
+// Records that visit() has located and not yet taken, at most.
+inline constexpr std::size_t kVisitAhead = 32;
+
 // Calls take(0) ... take(count - 1); locate(i) has been called before, in the same order, and gave the bytes of record
 // i (none: there is nothing to bring near), which are near by then.
 //
@@ -73,8 +76,8 @@ inline constexpr std::size_t kLineBytes = 64;
 // there is little between them.
 template <typename Locate, typename Take>
 void visit(std::size_t count, Locate locate, Take take) {
-  constexpr std::size_t kGroup = 16, kAhead = 8;
-  std::array<std::span<const std::byte>, 2 * kGroup> found;  // a ring: of this group, and of the next
+  constexpr std::size_t kGroup = kVisitAhead / 2, kAhead = 8;
+  std::array<std::span<const std::byte>, kVisitAhead> found;  // a ring: of this group, and of the next
   const auto locate_group = [&](std::size_t begin) __attribute__((always_inline)) {
     const std::size_t end = std::min(begin + kGroup, count);
     for (std::size_t i = begin; i < end; ++i) {
