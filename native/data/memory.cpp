@@ -45,10 +45,11 @@ std::uint64_t available_memory() noexcept {
       if (path == std::string::npos || line[path + 1] != '/') {
         continue;
       }
-      const std::string names = "," + line.substr(controllers + 1, path - controllers - 1) + ",";
-      if (names == ",,") {
+      std::string names = line.substr(controllers, path - controllers + 1);  // ":memory:", ":cpu,memory:", "::"
+      std::replace(names.begin(), names.end(), ',', ':');
+      if (names == "::") {
         bytes = lower(bytes, "/sys/fs/cgroup", line.substr(path + 1), "memory.max");
-      } else if (names.find(",memory,") != std::string::npos) {
+      } else if (names.find(":memory:") != std::string::npos) {
         bytes = lower(bytes, "/sys/fs/cgroup/memory", line.substr(path + 1), "memory.limit_in_bytes");
       }
     }
