@@ -62,6 +62,12 @@ class DecodedSource final : public Source {
         });
   }
 
+  void expect(std::span<const std::uint64_t> records) const noexcept override {
+    for (const std::uint64_t record : records) {
+      decoded_.file->expect(record * decoded_.stride, decoded_.stride);
+    }
+  }
+
  private:
   const std::byte* row(std::uint64_t record) const noexcept {
     return decoded_.file->contents().data() + record * decoded_.stride;

@@ -216,15 +216,24 @@ void File::check_unchanged() const {
   }
 }
 
-void File::populate(std::uint64_t offset, std::uint64_t bytes) const noexcept {
-#ifdef MADV_POPULATE_READ
+// A part of a mapped file, with the rest of its first page: what madvise() takes.
+void File::advise_range(std::uint64_t offset, std::uint64_t bytes, int advice) const noexcept {
   static const std::uint64_t page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
   if (data_ != nullptr && offset < size_) {
     const std::uint64_t begin = offset / page * page;
-    // What can not be read shows when it is touched, and kernels before 5.14 do not know this: both as without it.
-    madvise(const_cast<std::byte*>(data_) + begin, static_cast<std::size_t>(std::min(bytes, size_ - begin)),
-            MADV_POPULATE_READ);
+    const std::uint64_t end = offset + std::min(bytes, size_ - offset);
+    // What can not be read shows when it is touched, and what a kernel does not know of it does without.
+    madvise(const_cast<std::byte*>(data_) + begin, static_cast<std::size_t>(end - begin), advice);
   }
+}
+
+void File::expect(std::uint64_t offset, std::uint64_t bytes) const noexcept {
+  advise_range(offset, bytes, MADV_WILLNEED);
+}
+
+void File::populate(std::uint64_t offset, std::uint64_t bytes) const noexcept {
+#ifdef MADV_POPULATE_READ
+  advise_range(offset, bytes, MADV_POPULATE_READ);
 #else
   static_cast<void>(offset);
   static_cast<void>(bytes);
@@ -244,15 +253,17 @@ void File::advise(Pattern pattern) const noexcept {
   }
 }
 
-void advise(std::span<const std::shared_ptr<const File>> files, bool any_order) noexcept {
+Pattern advise(std::span<const std::shared_ptr<const File>> files, bool any_order) noexcept {
   std::uint64_t bytes = 0;
   for (const auto& file : files) {
     bytes += file->mapped() ? file->size() : 0;
   }
   const bool kept = bytes != 0 && bytes <= available_memory() / 2;  // the other half is for the training
+  const Pattern pattern = kept ? Pattern::kept : any_order ? Pattern::scattered : Pattern::onward;
   for (const auto& file : files) {
-    file->advise(kept ? Pattern::kept : any_order ? Pattern::scattered : Pattern::onward);
+    file->advise(pattern);
   }
+  return pattern;
 }
 
 }  // namespace launcher::data

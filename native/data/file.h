@@ -68,11 +68,14 @@ class File {
   void check_unchanged() const;
   // Says what the pages of a mapped file are wanted for.
   void advise(Pattern pattern) const noexcept;
+  // Asks the disk for what of these bytes is not in memory, and does not wait for it. Mapped files only.
+  void expect(std::uint64_t offset, std::uint64_t bytes) const noexcept;
   // Maps the pages of a range at once, for who is about to touch each of them: a fault maps some of them only.
   void populate(std::uint64_t offset, std::uint64_t bytes) const noexcept;
 
  private:
   void read(std::uint64_t offset, std::span<std::byte> memory) const;
+  void advise_range(std::uint64_t offset, std::uint64_t bytes, int advice) const noexcept;
 
   std::string path_;
   std::uint64_t size_ = 0;
@@ -86,8 +89,8 @@ class File {
 
 using Files = std::vector<std::shared_ptr<const File>>;
 
-// Says what files are wanted for whose every record is wanted, in any order or onward.
-void advise(std::span<const std::shared_ptr<const File>> files, bool any_order) noexcept;
+// Says what files are wanted for whose every record is wanted, in any order or onward; and what that is.
+Pattern advise(std::span<const std::shared_ptr<const File>> files, bool any_order) noexcept;
 
 }  // namespace launcher::data
 

@@ -1,5 +1,7 @@
 #include "fill.h"
 
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <span>
 #include <stdexcept>
@@ -12,6 +14,17 @@ namespace {
 constexpr int kLookShare = 200;
 // Neighbours that are tried in place of a record. Where so many in a row are bad, the file is.
 constexpr std::uint64_t kNeighbours = 1000;
+
+// Steps ahead of which records are asked of the disk; and for how many steps that goes on when an epoch begins, and
+// after each page fault that had to wait for it.
+constexpr std::uint64_t kAskedAhead = 4;
+constexpr std::uint64_t kAskingSteps = 1000;
+
+// This thread's page faults so far that waited for the disk.
+long faults_from_disk() noexcept {
+  rusage usage{};
+  return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_majflt : 0;
+}
 
 // What another record can stand in for. A file that is cut or can not be read is no matter of one record.
 bool replaceable(Problem problem) noexcept {
@@ -39,9 +52,10 @@ void Filler::begin(const OrderParameters& order, const ShareParameters& share) {
   steps_ = data::steps(share);
   bad_.store(0, std::memory_order_relaxed);
   if (const bool any_order = order.shuffle == Shuffle::full; !advised_ || *advised_ != any_order) {
-    advise(source_->files(), any_order);
+    scattered_ = advise(source_->files(), any_order) == Pattern::scattered;
     advised_ = any_order;
   }
+  ask_until_.store(scattered_ ? kAskingSteps : 0, std::memory_order_relaxed);
 }
 
 // A file that has become shorter ends in the middle of a page, and the rest of that page reads as zeros without any
@@ -71,13 +85,29 @@ void Filler::fill(std::uint64_t step, Filled& filled, Scratch& scratch) {
   filled.records.resize(rows.rows);
   std::fill_n(filled.mask.begin(), rows.valid, std::uint8_t{1});
   std::fill(filled.mask.begin() + static_cast<std::ptrdiff_t>(rows.valid), filled.mask.end(), std::uint8_t{0});
+  if (asks_ahead(step)) {
+    ask_ahead(step + kAskedAhead);
+  }
+  const long before = scattered_ ? faults_from_disk() : 0;
   try {
     fetch(filled, scratch);
   } catch (const DataError&) {
     look_at_files();  // zeros after the end of a file that was cut may be what the record is blamed for
     throw;
   }
+  if (scattered_ && faults_from_disk() != before) {
+    ask_until_.store(step + kAskingSteps, std::memory_order_relaxed);
+  }
   look_now_and_then();
+}
+
+// A page fault waits for its page alone; a disk that is asked for many has them sooner.
+void Filler::ask_ahead(std::uint64_t step) const {
+  if (step < steps_) {
+    std::vector<std::uint64_t> records(static_cast<std::size_t>(share_.batch));
+    records.resize(rows_of(share_, *order_, step, records.data()).rows);
+    source_->expect(records);
+  }
 }
 
 void Filler::fetch(Filled& filled, Scratch& scratch) {

@@ -39,6 +39,8 @@ class Filler {
 
   void fetch(Filled& filled, Scratch& scratch);
   void substitute(Filled& filled, Scratch& scratch, const DataError& error);
+  bool asks_ahead(std::uint64_t step) const noexcept { return step < ask_until_.load(std::memory_order_relaxed); }
+  void ask_ahead(std::uint64_t step) const;
   void look_at_files();
   void look_now_and_then();
 
@@ -48,7 +50,9 @@ class Filler {
   std::optional<Order> order_;
   ShareParameters share_;
   std::uint64_t steps_ = 0;
-  std::optional<bool> advised_;  // the files: for any order, or onward
+  std::optional<bool> advised_;              // the files: for any order, or onward
+  bool scattered_ = false;                   // the set is larger than memory, and its records come from anywhere
+  std::atomic<std::uint64_t> ask_until_{0};  // the step before which records are asked for ahead
 
   std::atomic<Clock::rep> look_again_{0};
   std::atomic<std::uint64_t> bad_{0};  // of this epoch

@@ -23,6 +23,12 @@ class FixedSource final : public Source {
   std::unique_ptr<Scratch> make_scratch() const override { return std::make_unique<State>(); }
   DataError describe(Problem problem, std::uint64_t record, const std::string& text) const override;
   void fetch(std::span<const std::uint64_t> records, Batch& batch, Scratch& scratch) const override;
+  void expect(std::span<const std::uint64_t> records) const noexcept override {
+    for (const std::uint64_t record : records) {
+      const std::size_t file = file_of(record);
+      files_[file]->expect(offset_in(file, record) + begin_, end_ - begin_);
+    }
+  }
 
  private:
   struct State final : Scratch {

@@ -56,6 +56,13 @@ class IndexedSource final : public Source {
     visit(records.size(), locate, [&](std::size_t i) { take(places[i % kVisitAhead], batch, state); });
   }
 
+  void expect(std::span<const std::uint64_t> records) const noexcept override {
+    for (const std::uint64_t record : records) {
+      const Place place = index_.place(record);
+      index_.files()[place.file]->expect(place.offset, place.bytes);
+    }
+  }
+
  private:
   struct State final : Scratch {
     typename Codec::State codec;

@@ -43,6 +43,7 @@ class JpegSource final : public Source {
   std::uint64_t bytes() const noexcept override { return source_->bytes(); }
   const std::vector<Field>& fields() const noexcept override { return fields_; }
   std::span<const std::shared_ptr<const File>> files() const noexcept override { return source_->files(); }
+  void expect(std::span<const std::uint64_t> records) const noexcept override { source_->expect(records); }
   std::unique_ptr<Scratch> make_scratch() const override {
     return std::make_unique<State>(*source_, library_->make_decoder());
   }

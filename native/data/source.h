@@ -42,6 +42,8 @@ class Source {
   // The files that records are read from. The engine asks them whether a page could not be read, and whether they are
   // still as they were when they were opened.
   virtual std::span<const std::shared_ptr<const File>> files() const noexcept { return {}; }
+  // These records will be wanted soon: what of them is not in memory is asked of the disk, all of it at the same time.
+  virtual void expect(std::span<const std::uint64_t>) const noexcept {}
   // For records like these that come through a pipe. Null: they can not.
   virtual std::shared_ptr<StreamDecoder> make_stream_decoder() const { return nullptr; }
 };
