@@ -8,7 +8,7 @@ BUILD_TOOLS := 'setuptools>=77' 'cmake>=3.26' ninja 'nanobind>=3.0'
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
-# Arguments for pytest, for example `make test ARGS="-k guardian -x"`.
+# Arguments for pytest, for example `make test ARGS="-n 0 -k guardian -x"`. Two processes: most tests wait for something.
 ARGS ?=
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -28,7 +28,7 @@ demo: $(VENV)/.installed  ## train a small network on real digits with two ranks
 	$(BIN)/python -m launcher --nproc-per-node 2 examples/digits/train.py
 
 test: $(VENV)/.installed  ## run all tests; ARGS goes to pytest
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check .

@@ -13,28 +13,34 @@ if TYPE_CHECKING:
     from launcher.collectives.communicator import Communicator
     from launcher.errors import CollectiveError, JobFailed, LauncherError
     from launcher.rank.context import Context, init
+    from launcher.serving import serve
+    from launcher.serving.failures import InvocationError
 
 __all__ = [
     "CollectiveError",
     "Communicator",
     "Context",
+    "InvocationError",
     "JobFailed",
     "LauncherError",
     "Result",
     "__version__",
     "init",
     "launch",
+    "serve",
 ]
 
 _HOMES = {
     "CollectiveError": "launcher.errors",
     "Communicator": "launcher.collectives.communicator",
     "Context": "launcher.rank.context",
+    "InvocationError": "launcher.serving.failures",
     "JobFailed": "launcher.errors",
     "LauncherError": "launcher.errors",
     "Result": "launcher.api",
     "init": "launcher.rank.context",
     "launch": "launcher.api",
+    "serve": "launcher.serving",
 }
 
 

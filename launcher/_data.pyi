@@ -65,6 +65,11 @@ def span_of(
 def list_files(
     root: str | bytes | os.PathLike[str], hidden: bool = False, links: bool = False
 ) -> list[tuple[str, int, int]]: ...
+def list_with_links(
+    root: str | bytes | os.PathLike[str], hidden: bool = False, links: bool = False
+) -> tuple[list[tuple[str, int, int]], int]:
+    """The files, and how many symbolic links were left out."""
+
 def served_by_fuse(path: str | bytes | os.PathLike[str]) -> bool: ...
 def file_faults() -> int: ...
 def reserve_extents(bytes: int) -> None:
@@ -219,6 +224,7 @@ class Engine:
     ``epoch``: shuffle, seed, epoch, records, extent, window, lanes, base, world, rank, batch, tail, agreed_steps.
     ``makers``: for each field, then for the mask and the record numbers, what makes the column of NumPy arrays: of one
     (None: it is the column); of values and offsets; of values, offsets and keys.
+    ``ring_wait``: seconds, without limit unless given. ``blocked`` and ``grown`` are told how many batches are held.
     ``fence``: makes an object whose ``query()`` says whether what was begun with a batch's memory is done, and whose
     ``synchronize()`` waits for it: what close() does.
     """
@@ -237,7 +243,9 @@ class Engine:
         mask: bool = False,
         numbers: bool = False,
         reuse: bool = False,
+        ring_wait: float = ...,
         blocked: Callable[[int], None] | None = None,
+        grown: Callable[[int], None] | None = None,
         register_memory: Callable[[int, int], None] | None = None,
         unregister_memory: Callable[[int, int], None] | None = None,
         fence: Callable[[], Any] | None = None,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import signal
 
-# A rank says so when another one is gone: evidence that it is not the cause. Texts of Gloo, NCCL, Open MPI and of the
-# operating system, as they appear in exceptions.
+# A rank says so when another one is gone: evidence that it is not the cause. Texts of Gloo, NCCL, UCX, Open MPI and of
+# the operating system, as they appear in exceptions and on stderr.
 PEER_LOST = re.compile(
     r"Connection reset by peer|Connection closed by (?:remote )?peer|Connection refused|Broken pipe|BrokenPipeError"
     r"|ConnectionResetError|ConnectionRefusedError|ConnectionAbortedError|Connection timed out|No route to host"
     r"|remote process exited|ncclRemoteError|NCCL communicator was aborted|Watchdog caught collective operation timeout"
     r"|Socket (?:Timeout|closed)|Broken pipe or Connection reset|failed to recv, got 0 bytes|EOFError(?!:)"
+    # memory of a process of this machine, read by UCX and by Open MPI, when that process has just been killed (ESRCH)
+    r"|process_vm_(?:readv|writev)\([^\n]{1,200}No such process|Read -1, expected \d{1,20}, errno = 3\b"
     r"|recvValue failed|sendBytes failed|The client socket has (?:failed|timed out)|DistNetworkError"
 )
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m launcher [run|train|plan|simulate|bench|data] [options] SCRIPT ...``."""
+"""The command line: ``python -m launcher [COMMAND] [options] SCRIPT ...``; launcher.options.COMMANDS has them all."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
             from launcher.collectives.bench import bench
 
             return _show(bench(line, _log))
+        if line.command in ("serve", "transform"):
+            return _serve(line)
         if line.command == "data":
             from launcher.data.command import run_command
 
@@ -65,6 +67,11 @@ def main(argv: list[str] | None = None) -> int:
 def train() -> int:
     """The console script ``train``, as the platform calls it: ``docker run IMAGE train``."""
     return main(["train", *sys.argv[1:]])
+
+
+def serve() -> int:
+    """The console script ``serve``, as the platform calls it: ``docker run IMAGE serve``."""
+    return main(["serve", *sys.argv[1:]])
 
 
 def entry() -> None:
@@ -117,6 +124,21 @@ def _run(line: CommandLine) -> int:
         _log(traceback.format_exc())
         run.report_error(fault, spec.container.paths if spec else None, _log)
         return fault.exit_code
+
+
+def _serve(line: CommandLine) -> int:
+    from launcher.serving import command
+
+    words = list(line.script_args)
+    if "--help" in words or "-h" in words:
+        return _show(command.help_text(line.command))
+    if line.command == "serve" and "--check" in words:
+        from launcher.serving.check import check
+
+        return check([word for word in words if word != "--check"], os.environ, _log)
+    _end_on_stop_signals()
+    act = command.serve if line.command == "serve" else command.transform
+    return act(words, os.environ, _log)
 
 
 def _end_on_stop_signals() -> None:

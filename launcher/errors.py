@@ -148,6 +148,17 @@ class DataError(LauncherError):
         return type(self), (str(self), self.problem, self.file, self.offset, self.record)
 
 
+class ServingError(LauncherError):
+    """A model could not be served. ``exit_code`` is that of the code that failed, where there is one."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[ServingError], tuple[int, str]]:
+        return type(self), (self.exit_code, str(self))
+
+
 class JobFailed(LauncherError):
     """The job ended with a failure. ``verdict`` names the root cause; ``exit_code`` is the culprit's."""
 

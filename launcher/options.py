@@ -460,8 +460,8 @@ class CommandLine(Record):
     """A parsed command line: ``given`` raw values by option name, ``ignored`` torchrun options that were given.
 
     ``directory`` is the ``--dir`` of ``simulate``, whose ``hosts`` are a number; ``sizes`` and ``output`` are of
-    ``bench``, whose ``script`` is what to measure. All words after ``data`` are ``script_args``: it runs no script, and
-    has a table of its own (launcher.data.options).
+    ``bench``, whose ``script`` is what to measure. All words after ``data``, ``serve`` and ``transform`` are
+    ``script_args``.
     """
 
     command: str
@@ -477,7 +477,9 @@ class CommandLine(Record):
     output: str = ""
 
 
-COMMANDS = ("run", "train", "plan", "simulate", "bench", "data")
+COMMANDS = ("run", "train", "serve", "transform", "plan", "simulate", "bench", "data")
+# They run no script, and have tables of their own.
+_APART = ("serve", "transform", "data")
 # Options that one command has for itself, each with a value.
 _OWN: dict[str, tuple[str, ...]] = {"simulate": ("dir",), "bench": ("sizes", "output")}
 _AS_JSON = ("plan", "bench")
@@ -493,7 +495,7 @@ def parse(argv: list[str]) -> CommandLine:
     command = "run"
     if words and words[0] in COMMANDS:
         command = words.pop(0)
-    if command == "data":
+    if command in _APART:
         return CommandLine(command, {}, (), "", tuple(words))
     if command == "plan" and words[:1] == ["train"]:
         words.pop(0)  # `plan` without a script shows what `train` would do

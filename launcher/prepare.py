@@ -41,6 +41,8 @@ class Prepared(Record):
             leader tells the true ones when they have met.
         rendezvous: as far as it is settled; port 0: one that is free.
         console: by local rank, the streams that are shown (bit 0 stdout, bit 1 stderr).
+        run_dir: where this run's logs, error files and status pages go.
+        shared_dir: what it is in, if that is a place for the runs of all jobs; else "".
         horovod: controller of Horovod's engine, ``gloo`` or ``mpi``; "" for other engines.
     """
 
@@ -50,6 +52,7 @@ class Prepared(Record):
     rendezvous: engine.Rendezvous
     environ: dict[str, str]
     run_dir: str
+    shared_dir: str
     keep_logs: bool
     console: tuple[int, ...]
     mpi: MpiJob | None
@@ -85,7 +88,8 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
     threads = topologies.threads_for(len(machine.cpus), machine.quota, ranks)
     topology = topologies.plan(hosts.hosts, hosts.host, slots, shares, threads)
     rendezvous = _rendezvous(spec, topology)
-    run_dir, keep_logs = _run_directory(spec)
+    base, shared = _run_base(spec)
+    run_dir = os.path.join(base, f"{spec.run_id}_{os.urandom(4).hex()}")
     grace = spec["grace"]
     if spec["stop_reserve"] >= spec["stop_timeout"] and grace is None:
         raise UsageError(
@@ -98,7 +102,8 @@ def prepare(spec: JobSpec, environ: Mapping[str, str]) -> Prepared:
         rendezvous=rendezvous,
         environ=_shared_environ(spec, environ, machine, topology, run_dir),
         run_dir=run_dir,
-        keep_logs=keep_logs,
+        shared_dir=base if shared else "",
+        keep_logs=spec["log_dir"] != os.devnull,
         console=_console(spec, topology),
         mpi=mpi,
         grace_failure_s=GRACE_AFTER_FAILURE_S if grace is None else grace,
@@ -131,22 +136,30 @@ def _horovod_controller(spec: JobSpec, environ: Mapping[str, str]) -> str:
     return horovod.choose_controller(spec["horovod_controller"], build, environ, mpirun)
 
 
-def _run_directory(spec: JobSpec) -> tuple[str, bool]:
-    """Where this run's logs, error files and status pages go; and whether output is kept in files."""
+def _run_base(spec: JobSpec) -> tuple[str, bool]:
+    """The directory that this run's own is made in; and whether other jobs' are, too."""
     chosen = spec["log_dir"]
-    keep = chosen != os.devnull
-    if chosen and keep:
-        base = chosen
-    elif spec.made_tree and keep:
-        base = os.path.join(spec.container.paths.base, "run")
-    else:
-        # Beside the contract's tree, not in it: everything under output/ is uploaded.
-        base = shared_base()
-    return os.path.join(os.path.abspath(base), f"{spec.run_id}_{os.urandom(4).hex()}"), keep
+    if chosen and chosen != os.devnull:
+        return os.path.abspath(chosen), False
+    if spec.made_tree and not chosen:
+        return os.path.abspath(os.path.join(spec.container.paths.base, "run")), False
+    # Beside the contract's tree, not in it: everything under output/ is uploaded. But a container's root may be
+    # read-only; then any place will do, and memory last.
+    places = (temporary_directory(), "/var/tmp", spec.container.paths.base, "/dev/shm")
+    place = next(filter(_writable, places), places[0])
+    return os.path.join(place, f"launcher-{os.getuid()}"), True
 
 
-def shared_base() -> str:
-    return os.path.join(os.path.abspath(os.environ.get("TMPDIR") or "/tmp"), f"launcher-{os.getuid()}")
+def _writable(path: str) -> bool:
+    """Whether a directory can be made in ``path``, which need not be there yet."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return os.access(path, os.W_OK | os.X_OK)
+
+
+def temporary_directory() -> str:
+    """Where temporary files belong by the environment's word."""
+    return os.path.abspath(os.environ.get("TMPDIR") or "/tmp")
 
 
 def _shared_environ(

@@ -8,7 +8,7 @@ import stat
 from launcher import container as contract
 from launcher.assembly import group_of, host_plan
 from launcher.errors import ContractError, LauncherError, OutputError
-from launcher.prepare import Prepared, shared_base
+from launcher.prepare import Prepared, temporary_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,13 +41,15 @@ def execute(
 
     spec = prepared.spec
     stale = contract.note_stale(spec.container.paths)
-    _make_run_directory(prepared.run_dir)
+    _make_run_directory(prepared)
     held: list[ports.Reserved | JobStore] = []
     supervisor = None
     try:
         supervisor = Supervisor(
             host_plan(prepared, handle_signals, library), lambda say: group_of(prepared, environ, held, say)
         )
+        if prepared.shared_dir and os.path.dirname(prepared.shared_dir) != temporary_directory():
+            supervisor.say(f"{temporary_directory()} can not be written to: logs are in {prepared.shared_dir}")
         if spec.made_tree:
             supervisor.say(f"job tree: {spec.container.paths.base}")
         for path in stale.kept:
@@ -97,7 +99,7 @@ def discard_tree(spec: JobSpec) -> None:
 
 def _clear_run_directory(prepared: Prepared, verdict: Verdict) -> None:
     """Removes what nobody will look for: the files of a success in the shared place, and what holds no logs."""
-    if prepared.keep_logs and not (verdict.ok and os.path.dirname(prepared.run_dir) == shared_base()):
+    if prepared.keep_logs and not (verdict.ok and prepared.shared_dir):
         _clear_meetings(prepared.run_dir)
         return
     import shutil
@@ -115,12 +117,13 @@ def _clear_meetings(run_dir: str) -> None:
         pass  # its owner is removing the directory, or made one of that name
 
 
-def _make_run_directory(path: str) -> None:
+def _make_run_directory(prepared: Prepared) -> None:
+    path = prepared.run_dir
     base = os.path.dirname(path)
     try:
         os.makedirs(base, mode=0o700, exist_ok=True)
         info = os.lstat(base)
-        if base == shared_base() and (
+        if prepared.shared_dir and (
             not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022
         ):
             raise OutputError(f"{base} is not a directory of this user's alone; remove it, or give --log-dir")

@@ -15,6 +15,8 @@ def usage() -> str:
         "       python -m launcher simulate --hosts N [--dir DIR] [options] SCRIPT ...   N hosts on this one",
         "       python -m launcher bench collectives [--nproc N] [--sizes 1K,64K,25M] [--output FILE] [--json]",
         "                                                        what allreduce gives on this machine, with a chart",
+        "       python -m launcher serve [options]      the model in /opt/ml/model, over HTTP (serve --help: more)",
+        "       python -m launcher transform --input DIR --output DIR [options]   a batch-transform job, here",
         "       python -m launcher data inspect|index|verify|convert CHANNEL_OR_PATH [options]   (data --help: more)",
         "                                                        what records a channel has, whether they are whole",
         "",

@@ -27,6 +27,22 @@ import pytest
 DEADLINE_S = 30.0
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes one has all tests of a file, for its fixtures; of a folder whose tests share builds, all."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            folder = file.rpartition("/")[0]
+            if file == "tests/hosts/test_infrastructure.py":
+                return "tests/containers"  # it looks for what is left of mounts and interfaces on the whole machine
+            return folder if folder in ("tests/native", "tests/containers") else file
+
+    return ByFile(config, log)
+
+
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
     """The first true value of ``condition()``; fails the test, naming ``what``, when it does not come in time."""
     end = time.monotonic() + deadline_s

@@ -160,6 +160,29 @@ ALLOWED: dict[str, set[str]] = {
         "launcher.options",
         "launcher.record",
     },
+    "launcher.serving": {"launcher.errors", "launcher.record"},
+    "launcher.serving.settings": {"launcher.container.paths", "launcher.errors", "launcher.options", "launcher.record"},
+    "launcher.serving.processes": {
+        "launcher.record",
+        "launcher.serving",
+        "launcher.supervisor.cgroup",
+        "launcher.supervisor.guardian",
+    },
+    "launcher.serving.array_codecs": {
+        "launcher.data",
+        "launcher.errors",
+        "launcher.record",
+        "launcher.serving",
+        "launcher._data",
+    },
+    "launcher.serving.command": {
+        "launcher._version",
+        "launcher.container",
+        "launcher.errors",
+        "launcher.machine",
+        "launcher.options",
+        "launcher.serving",
+    },
     "launcher.usage": {"launcher.options"},
     "launcher.horovod": {"launcher.collectives", "launcher.errors", "launcher.record"},
     "launcher.job": {
@@ -233,7 +256,16 @@ def test_nothing_large_is_imported_with_a_module(path: Path) -> None:
 
 
 def test_only_extras_are_imported_beside_the_standard_library() -> None:
-    extras = LARGE | {"yaml", "cloudpickle", "launcher", "_launcher_shim"}
+    extras = LARGE | {
+        "httptools",
+        "safetensors",
+        "uvicorn",
+        "uvloop",
+        "yaml",
+        "cloudpickle",
+        "launcher",
+        "_launcher_shim",
+    }
     foreign = {name.split(".")[0] for path in files() for name in imports(path)} - set(sys.stdlib_module_names)
     assert foreign <= extras
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
+import io
 import json
 import os
 import re
@@ -94,6 +96,15 @@ def metrics_of(job: Path) -> dict[str, Any]:
     return metrics
 
 
+def load_module(path: Path) -> Any:
+    """A module of an example."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def make_ml_tree(root: Path, example: Path, hyperparameters: dict[str, str]) -> Path:
     """Lay out what the platform writes for a job with one host and the channel ``training``; code in ``code/``."""
     config = root / "input" / "config"
@@ -137,7 +148,12 @@ TWO_RANKS = {"sagemaker_torch_distributed_enabled": "true", "sagemaker_mpi_num_o
 @pytest.mark.slow
 @pytest.mark.torch
 @needs_torch
-def test_digits_from_a_plain_checkout(tmp_path: Path) -> None:
+def test_digits_from_a_plain_checkout_to_answers(tmp_path: Path) -> None:
+    """The main job, then a server for what it left, asked over HTTP: its answers are those of the network in Python."""
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'launcher[serve]'")
+    import numpy as np
+    import torch
+
     job = tmp_path / "job"
     output = run(["-m", "launcher", "--nproc-per-node", "2", "--job-dir", job, DIGITS], tmp_path)
     assert "no channel 'training' in this job" in output
@@ -149,6 +165,39 @@ def test_digits_from_a_plain_checkout(tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in metrics["history"]]
     assert len(losses) == 12 and losses[-1] < losses[0] / 5
     assert not (job / "output" / "failure").exists()
+
+    test = np.load(job / "input" / "data" / "training" / "test.npy")
+    images = test["image"][:50]
+    command = ["-m", "launcher", "serve", "--base-dir", job, "--port", "0", "--workers", "1"]
+    with running(command, tmp_path) as process:
+        port = int(re.search(r"at port (\d+)", read_until(process, "serving at port"))[1])
+        read_until(process, "ready: ")
+        link = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
+
+        def ask(body: bytes, content_type: str) -> Any:
+            link.request("POST", "/invocations", body, {"Content-Type": content_type})
+            answer = link.getresponse()
+            return answer.status, json.loads(answer.read())
+
+        status, answer = ask(json.dumps(images.tolist()).encode(), "application/json")
+        npy = io.BytesIO()
+        np.save(npy, images)
+        csv = "\n".join(",".join(map(str, image.ravel())) for image in images).encode()
+        assert (status, answer) == ask(npy.getvalue(), "application/x-npy") == ask(csv, "text/csv")
+        refused, error = ask(b"[[1, 2, 3]]", "application/json")
+        assert refused == 400 and "no images of 8 x 8 numbers" in error["message"]
+        link.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=LIMIT_S) == 0
+
+    network = load_module(DIGITS.with_name("network.py")).DigitNet()
+    network.load_state_dict(torch.load(job / "model" / "model.pt", weights_only=True))
+    with torch.inference_mode():
+        probabilities = network(torch.as_tensor(images, dtype=torch.float32).unsqueeze(1) / 16).softmax(dim=1)
+    assert status == 200
+    assert answer["digit"] == probabilities.argmax(dim=1).tolist()
+    assert answer["probability"] == pytest.approx(probabilities.max(dim=1).values.tolist(), rel=1e-4)
+    assert (np.array(answer["digit"]) == test["label"][:50]).mean() > 0.8
 
 
 @pytest.mark.slow

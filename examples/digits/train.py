@@ -4,9 +4,10 @@
 
 The images come from the channel ``training`` (``train.npy`` and ``test.npy``, see ``prepare.py``); when the job has no
 such channel, one rank of each host makes the files in the place where the channel would be. ``launcher.data.Loader``
-gives each rank its share of every batch. Rank 0 writes ``model.pt`` and ``metrics.json`` into the model directory, and
-a checkpoint after every epoch. When the job is asked to stop, all ranks agree on the step to stop at, the checkpoint is
-written, and every rank ends with 0; the next run goes on from there, with any number of ranks.
+gives each rank its share of every batch. Rank 0 writes ``model.pt``, ``metrics.json`` and the code that serves it all
+into the model directory, and a checkpoint after every epoch. When the job is asked to stop, all ranks agree on the step
+to stop at, the checkpoint is written, and every rank ends with 0; the next run goes on from there, with any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,34 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from network import DigitNet
 from prepare import write_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import launcher
 from launcher.data import Loader
-
-
-class DigitNet(nn.Module):
-    """Two convolutions and two linear layers: (n, 1, 8, 8) float32 in 0..1 -> (n, 10) logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(32 * 4 * 4, 64),
-            nn.ReLU(),
-            nn.Linear(64, 10),
-        )
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits of a batch of images."""
-        return self.layers(images)
 
 
 def parse_arguments(ctx: launcher.Context) -> argparse.Namespace:
@@ -192,8 +173,11 @@ class Trainer:
         return True
 
     def save_model(self) -> None:
-        """Write ``model.pt`` (a state dict of ``DigitNet``) and ``metrics.json``."""
-        self.args.model_dir.mkdir(parents=True, exist_ok=True)
+        """Write ``model.pt`` (a state dict of ``DigitNet``), ``metrics.json``, and the code that serves the model."""
+        code = self.args.model_dir / "code"
+        code.mkdir(parents=True, exist_ok=True)
+        for name in ("inference.py", "network.py"):
+            shutil.copy2(Path(__file__).with_name(name), code / name)
         save_atomically(
             {name: value.cpu() for name, value in self.net.state_dict().items()}, self.args.model_dir / "model.pt"
         )

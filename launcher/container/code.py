@@ -11,6 +11,7 @@ import os
 
 from launcher.container.reading import shown
 from launcher.errors import ClusterError, ContractError, OutputError
+from launcher.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,8 +24,31 @@ _FIELD = "sagemaker_submit_directory"
 _BLOCK_BYTES = 1 << 20
 
 
+class CodeSource(Record):
+    """Where code is to come from, and who says so.
+
+    Attributes:
+        uri: ``s3://``, ``file://``, or the path of a directory, a tar archive or a file.
+        file, field: what an error names: the file or the variable that says ``uri``.
+    """
+
+    uri: str
+    file: str
+    field: str
+    region: str | None = None
+    endpoint_url: str | None = None
+
+
 def prepare_code(container: Container, log: Callable[[str], None]) -> bool:
-    """Fill the code directory from ``container.submit_dir``. Returns whether anything was put there.
+    """Fill the code directory from ``container.submit_dir``. Arguments, result and errors as for :func:`fetch_code`."""
+    source = CodeSource(
+        container.submit_dir, container.hyperparameters.file, _FIELD, container.region, container.s3_endpoint_url
+    )
+    return fetch_code(source, container.paths.code_dir, log)
+
+
+def fetch_code(source: CodeSource, code_dir: str, log: Callable[[str], None]) -> bool:
+    """Fill ``code_dir`` from ``source``. Returns whether anything was put there.
 
     Args:
         log: takes one line of text; a line to be noticed begins with ``WARNING:``.
@@ -34,25 +58,24 @@ def prepare_code(container: Container, log: Callable[[str], None]) -> bool:
         ClusterError: S3 could not be reached.
         OutputError: the code directory cannot be written.
     """
-    code_dir = container.paths.code_dir
-    source = container.submit_dir.removeprefix("file://")
+    path = source.uri.removeprefix("file://")
     try:
         os.makedirs(code_dir, exist_ok=True)
         present = sorted(os.listdir(code_dir))
     except OSError as error:
         raise OutputError(f"cannot use the code directory {code_dir} ({error.strerror})") from error
-    if not source.startswith("s3://") and os.path.realpath(source) == os.path.realpath(code_dir):
+    if not path.startswith("s3://") and os.path.realpath(path) == os.path.realpath(code_dir):
         return False
     if present:
         names = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
-        log(f"WARNING: {code_dir} is not empty ({names}): it is used as it is, and {container.submit_dir} is ignored")
+        log(f"WARNING: {code_dir} is not empty ({names}): it is used as it is, and {source.uri} is ignored")
         return False
-    _fill(container, source, code_dir)
-    log(f"code: {container.submit_dir} -> {code_dir}")
+    _fill(source, path, code_dir)
+    log(f"code: {source.uri} -> {code_dir}")
     return True
 
 
-def _fill(container: Container, source: str, code_dir: str) -> None:
+def _fill(source: CodeSource, path: str, code_dir: str) -> None:
     import shutil
     import tempfile
 
@@ -63,56 +86,61 @@ def _fill(container: Container, source: str, code_dir: str) -> None:
         with tempfile.TemporaryDirectory(prefix=".code-", dir=beside) as scratch:
             new = os.path.join(scratch, "new")
             os.mkdir(new, 0o755)
-            if source.startswith("s3://"):
+            if path.startswith("s3://"):
                 archive = os.path.join(scratch, "archive")
-                _download(container, source, archive)
-                _unpack(archive, new, source, container.hyperparameters.file)
+                _download(source, archive)
+                _unpack(archive, new, path, source.file)
             else:
-                _copy(container, source, new)
+                _copy(source, path, new)
             for name in os.listdir(new):
                 shutil.move(os.path.join(new, name), os.path.join(code_dir, name))
     except OSError as error:
-        raise OutputError(f"cannot put the code from {source} into {code_dir}: {error}") from error
+        raise OutputError(f"cannot put the code from {path} into {code_dir}: {error}") from error
 
 
-def _copy(container: Container, source: str, new: str) -> None:
+def _copy(source: CodeSource, path: str, new: str) -> None:
     import shutil
     import tarfile
 
-    file = container.hyperparameters.file
-    if os.path.isdir(source):
-        root, target = os.path.realpath(source), os.path.realpath(new)
+    if os.path.isdir(path):
+        root, target = os.path.realpath(path), os.path.realpath(new)
         if os.path.commonpath([root, target]) == root:
-            raise ContractError(file, _FIELD, shown(source), "a directory that does not contain the code directory")
+            found = shown(path)
+            raise ContractError(
+                source.file, source.field, found, "a directory that does not contain the code directory"
+            )
         # Links are followed: their targets may not be where the code goes.
-        shutil.copytree(source, new, dirs_exist_ok=True, ignore_dangling_symlinks=True)
-    elif not os.path.isfile(source):
-        raise ContractError(file, _FIELD, f"{shown(source)}, which is not there", "s3://, a directory or a file")
-    elif tarfile.is_tarfile(source):
-        _unpack(source, new, source, file)
-    elif source.endswith((".tar", ".tar.gz", ".tgz")):
-        raise ContractError(source, "", "a file that is not a tar archive", "a tar archive, compressed or not")
+        shutil.copytree(path, new, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+    elif not os.path.isfile(path):
+        found = f"{shown(path)}, which is not there"
+        raise ContractError(source.file, source.field, found, "s3://, a directory or a file")
+    elif tarfile.is_tarfile(path):
+        _unpack(path, new, path, source.file)
+    elif path.endswith((".tar", ".tar.gz", ".tgz")):
+        raise ContractError(path, "", "a file that is not a tar archive", "a tar archive, compressed or not")
     else:
-        shutil.copy2(source, new)
+        shutil.copy2(path, new)
 
 
-def _download(container: Container, uri: str, target: str) -> None:
-    file = container.hyperparameters.file
+def _download(source: CodeSource, target: str) -> None:
+    uri = source.uri
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket or not key:
-        raise ContractError(file, _FIELD, shown(uri), "s3://bucket/key")
+        raise ContractError(source.file, source.field, shown(uri), "s3://bucket/key")
     try:
         import boto3
         import botocore.exceptions
     except ImportError as error:
         found = f"{shown(uri)}, but the Python package boto3 is not installed"
-        raise ContractError(file, _FIELD, found, "pip install boto3, or code that is in the image") from error
+        raise ContractError(
+            source.file, source.field, found, "pip install boto3, or code that is in the image"
+        ) from error
     try:
-        client = boto3.client("s3", region_name=container.region, endpoint_url=container.s3_endpoint_url)
+        client = boto3.client("s3", region_name=source.region, endpoint_url=source.endpoint_url)
         client.download_file(bucket, key, target)
     except botocore.exceptions.ClientError as error:
         found = f"{shown(uri)}: {error}"
-        raise ContractError(file, _FIELD, found, "an object that this job's role may read") from error
+        raise ContractError(source.file, source.field, found, "an object that this job's role may read") from error
     except botocore.exceptions.BotoCoreError as error:
         raise ClusterError(f"cannot download {uri}: {error}") from error
 

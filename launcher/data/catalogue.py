@@ -7,7 +7,7 @@ import os
 
 from launcher import _data
 from launcher.data.channel import Place, find_place
-from launcher.data.formats import detect
+from launcher.data.formats import detect, no_records
 from launcher.data.indexing import SIDECAR, say
 from launcher.data.opening import Request, open_format
 from launcher.errors import DataError, UsageError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ACCESS_VARIABLE = "LAUNCHER_DATA_ACCESS"
 ON_BAD = ("raise", "substitute", "skip")
+_OF_WHOLE_FILES = ("files", "images")  # formats of which a file without a byte is a record
 
 
 class Damage(Record):
@@ -104,6 +105,8 @@ def open_source(
     access = access_of(place.path)
     root = place.path if os.path.isdir(place.path) else os.path.dirname(place.path)
     chosen = detect(format, place, entries, root)
+    if chosen not in _OF_WHOLE_FILES and not any(size for _, size, _ in entries):
+        raise no_records(place, root, entries)
     request = Request(
         place=place,
         root=root,
@@ -113,8 +116,11 @@ def open_source(
         skip=on_bad == "skip",
         index=index,
         options=options,
+        lenient=on_bad != "raise",
     )
     made = open_format(chosen, request)
+    if made.source.records == 0 and not made.damage:
+        raise no_records(place, root, made.entries)
     files = tuple((path, size, records) for (path, size, _), records in zip(made.entries, made.records, strict=True))
     damage = tuple(Damage(path, *one) for path, some in made.damage for one in some)
     if damage and not quiet:
@@ -139,16 +145,22 @@ def open_source(
 def list_entries(place: Place, *, hidden: bool = False, links: bool = False) -> tuple[tuple[str, int, int], ...]:
     """(relative path, size in bytes, time of change in ns) of the channel's files, byte-sorted by path.
 
+    That symbolic links were left out is told on stderr.
+
     Raises:
         DataError: there are none, or they can not be listed.
     """
-    listed = _data.list_files(place.path, hidden, links)
+    listed, left = _data.list_with_links(place.path, hidden, links)
+    linked = f"{left} symbolic link{'s' * (left > 1)} left out, which links=True (--links) follows" if left else ""
     entries = tuple(entry for entry in listed if not os.path.basename(entry[0]).startswith(SIDECAR))
     if not entries:
-        what = f"channel {place.name} has no files: {place.path} is empty" if place.name else f"{place.path} is empty"
+        what = f"{place.path} is empty" if not left else f"{place.path} has no files but {linked}"
+        what = f"channel {place.name} has no files: {what}" if place.name else what
         more = "" if hidden else " (names that begin with '.' or '_' do not count)"
         shard = ", because its objects are fewer than the hosts" if place.distribution == "ShardedByS3Key" else ""
         raise DataError(f"{what}{more}{shard}", "malformed", place.path)
+    if linked:
+        say(f"{place.path}: {linked}")
     return entries
 
 

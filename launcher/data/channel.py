@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from launcher.container.channels import read_channels
 from launcher.container.paths import INPUT_DATA_CONFIG, Paths, base_dir
-from launcher.errors import UsageError
+from launcher.errors import DataError, UsageError
 from launcher.record import Record
 
 TYPE_CHECKING = False
@@ -42,11 +43,17 @@ def find_place(where: str | os.PathLike[str], environ: Mapping[str, str] | None 
     A path that is a channel's folder is that channel, with all that the configuration says about it.
 
     Raises:
-        UsageError: there is no such channel, and no such path.
+        UsageError: there is no such channel, and no such path, or it is neither a file nor a folder.
+        DataError: the path can not be looked at.
         ContractError: the job's ``inputdataconfig.json`` is not as it should be.
     """
     environ = os.environ if environ is None else environ
-    text = os.fspath(where)
+    text = os.fspath(where) if isinstance(where, os.PathLike) else where
+    if not isinstance(text, str) or not text:
+        several = "; put several files into a folder, or links to them (links=True)" if hasattr(text, "__len__") else ""
+        raise UsageError(
+            f"channel is {where!r}; expected the name of a channel, or the path of a file or folder{several}"
+        )
     channels = _channels(environ)
     if text in channels:
         return _of_channel(channels[text])
@@ -54,7 +61,17 @@ def find_place(where: str | os.PathLike[str], environ: Mapping[str, str] | None 
     for channel in channels.values():
         if path == channel.path or os.path.realpath(path) == os.path.realpath(channel.path):
             return _of_channel(channel)
-    if not os.path.exists(path):
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:
+        raise DataError(f"{path}: can not be looked at: {error.strerror}", "unreadable", path) from error
+    if mode and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UsageError(
+            f"{path}: neither a file nor a folder, but a device, a pipe or a socket: it can not be read from"
+        )
+    if not mode:
         known = (
             "the channels of this job are " + ", ".join(sorted(channels)) if channels else "this job has no channels"
         )

@@ -34,7 +34,7 @@ _AHEAD = 2
 
 
 def find_device(device: object, cache: bool) -> Any:
-    """The ``torch.device`` that a loader's ``device`` means; ``cuda`` is the current GPU.
+    """The ``torch.device`` that a loader's ``device`` means; ``cuda`` is the current GPU. None: there is no copy.
 
     Raises:
         UsageError: there is no such GPU for torch, or with ``cache`` for the package, or ``cache`` without a device.
@@ -50,9 +50,12 @@ def find_device(device: object, cache: bool) -> Any:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise UsageError(f"device is {device!r}; expected 'cuda' or 'cuda:N'") from None
+        raise UsageError(f"device is {device!r}; expected 'cuda', 'cuda:N' or 'cpu'") from None
+    if found.type == "cpu" and not cache:
+        return None
     if found.type != "cuda":
-        raise UsageError(f"device is {device!r}; expected 'cuda' or 'cuda:N' (leave it out for memory of the host)")
+        what = "device_cache is True, which needs a GPU" if cache else "batches can be on no such device"
+        raise UsageError(f"device is {device!r}; expected 'cuda' or 'cuda:N': {what}")
     if not torch.cuda.is_available():
         raise UsageError(
             f"device is {device!r}, but torch ({torch.__version__}) finds no CUDA device; see nvidia-smi and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from abc import ABC, abstractmethod
 
@@ -66,7 +67,7 @@ class Epochs(ABC):
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is this epoch from its begin, or from where a state that was loaded stands in it."""
-        check_number("epoch", epoch, 0)
+        epoch = check_number("epoch", epoch, 0)
         if not (self._resumed and epoch == self._epoch):
             self._stop(epoch, 0)
 
@@ -152,7 +153,16 @@ class Epochs(ABC):
         self.close()
 
 
-def check_number(name: str, value: object, least: int) -> None:
-    """Raises UsageError unless ``value`` is a whole number from ``least`` to 2**64 - 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+def check_number(name: str, value: Any, least: int) -> int:
+    """``value``, which may be NumPy's, as an int.
+
+    Raises:
+        UsageError: it is no whole number from ``least`` to 2**64 - 1.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not max(least, 0) <= number <= MOST:
         raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")
+    return number

@@ -21,13 +21,14 @@ from launcher.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from launcher.data.channel import Place
 
     Entry = tuple[str, int, int]
 
 _FIRST_BYTES = 4096
+_MDS_KEY = b'"shards"'
 _COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4", ".snappy", ".br")
 
 
@@ -164,6 +165,17 @@ _TABLE = (
 FORMATS: dict[str, Format] = {format.name: format for format in _TABLE}
 
 
+def no_records(place: Place, root: str, entries: tuple[Entry, ...]) -> DataError:
+    """The error for files without a record. One that is empty among others is fine: this is for all of a channel."""
+    count = len(entries)
+    path = os.path.join(root, entries[0][0]) if count == 1 else place.path
+    what = ("the file is" if count == 1 else f"its {count} files are") if count else "its index lists no files, it is"
+    if any(size for _, size, _ in entries):
+        what = "the file has" if count == 1 else f"its {count} files have"
+        return DataError(f"{path}: {what} no records; a channel has one at least", "malformed", path)
+    return DataError(f"{path}: {what} empty; a channel has one record at least", "malformed", path)
+
+
 def detect(wanted: str, place: Place, entries: tuple[Entry, ...], root: str) -> str:
     """The name of the format of a channel's files.
 
@@ -171,7 +183,8 @@ def detect(wanted: str, place: Place, entries: tuple[Entry, ...], root: str) -> 
     that all files have, their first bytes. Where two formats are left it is an error, not a guess.
 
     Raises:
-        UsageError: no such format; none fits, or more than one.
+        UsageError: no such format; none fits, or more than one; the suffixes are those of different formats.
+        DataError: the files are empty, or do not begin as those of a format that their suffix says begin.
     """
     if wanted != "auto":
         if wanted not in FORMATS:
@@ -184,13 +197,51 @@ def detect(wanted: str, place: Place, entries: tuple[Entry, ...], root: str) -> 
     fits = [name for name, format in FORMATS.items() if _has_suffixes(format, entries)]
     if len(fits) == 1:
         return fits[0]
-    first, start = _first_bytes(fits, entries, root)
-    like = [name for name in fits or FORMATS if (look := FORMATS[name].looks_like) is not None and look(start)]
+    if not fits:
+        _check_alike(place, entries)
+    first, start, like = "", b"", []
+    for path, begin in _beginnings(fits, entries, root):
+        first, start = first or path, start or begin
+        like = [name for name in fits or FORMATS if (look := FORMATS[name].looks_like) is not None and look(begin)]
+        if like or not fits:  # else the file is damaged: another one tells which of two formats it is
+            break
+    if not start:
+        raise no_records(place, root, entries)
+    if _MDS_KEY in start and all(FORMATS["mds"].is_beside(path) for path, _, _ in entries):
+        return "mds"  # whose shards are missing
     if "recordio-protobuf" in like:
         like.remove("recordio")  # which it is as well
     if len(like) == 1:
         return like[0]
+    if fits and not like:
+        raise DataError(
+            f"{first}: byte 0: begins with {start[:8]!r}, as no file of format {' or '.join(fits)} does; it is "
+            "damaged, or of another format, which format= would say",
+            "malformed",
+            first,
+            0,
+        )
     raise UsageError(_untold(place, told, first, like or fits))
+
+
+def _check_alike(place: Place, entries: tuple[Entry, ...]) -> None:
+    """Raises UsageError where the suffixes of two files are those of different formats."""
+    seen: dict[str, tuple[str, list[str]]] = {}  # by suffix: a file, and the formats that have it
+    for path, _, _ in entries:
+        suffix = path.lower().rpartition(".")[2]
+        if suffix in seen:
+            continue
+        own = [name for name, format in FORMATS.items() if format.suffixes and path.lower().endswith(format.suffixes)]
+        seen[suffix] = path, own
+        for other, theirs in seen.values():
+            beside = any(FORMATS[name].is_beside(path) for name in theirs)
+            beside = beside or any(FORMATS[name].is_beside(other) for name in own)
+            if own and theirs and not beside and not set(own) & set(theirs):
+                raise UsageError(
+                    f"{place.path}: {other} is of format {' or '.join(theirs)} by its suffix, {path} of "
+                    f"{' or '.join(own)}; put the files of each format into a folder of their own, or say by format= "
+                    "what all of them are"
+                )
 
 
 def _has_suffixes(format: Format, entries: tuple[Entry, ...]) -> bool:
@@ -198,17 +249,16 @@ def _has_suffixes(format: Format, entries: tuple[Entry, ...]) -> bool:
     return bool(data) and bool(format.suffixes) and all(path.lower().endswith(format.suffixes) for path in data)
 
 
-def _first_bytes(fits: list[str], entries: tuple[Entry, ...], root: str) -> tuple[str, bytes]:
-    """The first file that is not empty, and how it begins."""
+def _beginnings(fits: list[str], entries: tuple[Entry, ...], root: str) -> Iterator[tuple[str, bytes]]:
+    """The files that are not empty, and how they begin."""
     for path, size, _ in entries:
         if size and not (fits and FORMATS[fits[0]].is_beside(path)):
             whole = os.path.join(root, path)
             try:
                 with open(whole, "rb", buffering=0) as file:
-                    return whole, file.read(_FIRST_BYTES)
+                    yield whole, file.read(_FIRST_BYTES)
             except OSError as error:
                 raise DataError(f"{whole}: can not be read: {error.strerror}", "unreadable", whole) from error
-    return root, b""
 
 
 def _untold(place: Place, told: str, first: str, like: list[str]) -> str:

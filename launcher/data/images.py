@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 from launcher.errors import DataError, UsageError
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Of the files that are taken for images, in whatever case."""
+
+_JPEG_SUFFIXES = (".jpeg", ".jpg")
 
 
 class ImageFolder(Record):
@@ -62,6 +65,17 @@ def find_images(root: str, files: Iterable[tuple[str, int, int]]) -> ImageFolder
         tuple(classes),
         tuple(name for name, _, _ in others),
     )
+
+
+def check_decodable(root: str, folder: ImageFolder) -> None:
+    """Raises UsageError unless all images are JPEG by their suffixes: others would be an error at some step."""
+    others = [name for name, _, _ in folder.files if not name.lower().endswith(_JPEG_SUFFIXES)]
+    if others:
+        raise UsageError(
+            f"{os.path.join(root, others[0])}: no JPEG by its suffix, as {len(others)} of the {len(folder.files)} "
+            "images are, and size= decodes JPEG only; convert them, or leave size out and decode the bytes in a "
+            "transform"
+        )
 
 
 def make_source(root: str, folder: ImageFolder) -> Source:
@@ -116,8 +130,9 @@ def decode_jpeg(
     """
     from launcher._data import jpeg_library, jpeg_source
 
-    if len(size) != 2 or not all(isinstance(length, int) and length > 0 for length in size):
+    if not hasattr(size, "__len__") or len(size) != 2 or not all(hasattr(one, "__index__") and one > 0 for one in size):
         raise UsageError(f"size is {size!r}; expected the height and the width in pixels, (224, 224) say")
+    height, width = map(operator.index, size)
     libraries = jpeg_libraries()
     library, tried = jpeg_library(libraries)
     if not library:
@@ -126,6 +141,6 @@ def decode_jpeg(
             "(Fedora, Amazon Linux), or leave the images as bytes and decode them in a transform"
         )
     try:
-        return jpeg_source(source, field, name, size[0], size[1], channels, crop, libraries)
+        return jpeg_source(source, field, name, height, width, channels, crop, libraries)
     except ValueError as error:
         raise UsageError(f"images can not be decoded: {error}") from error

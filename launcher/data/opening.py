@@ -6,7 +6,7 @@ import itertools
 import os
 
 from launcher import _data
-from launcher.data.formats import FORMATS
+from launcher.data.formats import FORMATS, no_records
 from launcher.data.indexing import KEPT_FROM_BYTES, IndexRequest, index_files, say
 from launcher.errors import DataError, UsageError
 from launcher.record import Record, replace
@@ -36,6 +36,7 @@ class Request(Record):
         access: ``mapped`` or ``read``.
         fields: what the user wants of each record; None: all.
         skip: whether damaged records are left out.
+        lenient: whether a record that can not be read is left to whoever reads it.
         index: see :class:`launcher.data.indexing.IndexRequest`.
         options: of the format.
     """
@@ -48,6 +49,7 @@ class Request(Record):
     skip: bool
     index: str
     options: Mapping[str, Any]
+    lenient: bool = False
 
     def option(self, name: str, default: Any = None) -> Any:
         """The value of an option of the format, or ``default``."""
@@ -91,7 +93,7 @@ def open_format(name: str, request: Request) -> Made:
             known = ", ".join(format.options) or "none"
             raise UsageError(f"format {name} has no option {option!r}; its options: {known}")
     entries = tuple(entry for entry in request.entries if not format.is_beside(entry[0]))
-    if not entries:
+    if not entries and name != "mds":  # whose index tells what is missing
         raise DataError(
             f"{request.place.path}: no file holds records of format {name}", "malformed", request.place.path
         )
@@ -165,7 +167,11 @@ def _indexed(request: Request, key: str, scan: Scan, files: tuple[_data.File, ..
         return scan(file)
 
     of = IndexRequest(request.place.path, request.entries, files, _key(request, key), request.index)
-    return _data.Index(files, index_files(of, told))
+    index = _data.Index(files, index_files(of, told))
+    parts = range(len(files))
+    if index.records == 0 and not any(index.part(number).damage for number in parts):
+        raise no_records(request.place, request.root, request.entries)
+    return index
 
 
 def _key(request: Request, key: str) -> str:
@@ -274,11 +280,21 @@ def _mds(request: Request) -> Made:
     return _made(only, "mds", index, make_source(index, files, shards, fields=request.names()))
 
 
-def _text(request: Request, format: type[Csv | Libsvm | JsonLines | Lines]) -> Made:
-    text = format.of(request.options)
-    key = f"{format.__name__} {text.key()}"
+def _text(request: Request, text: Csv | Libsvm | JsonLines | Lines) -> Made:
+    key = f"{type(text).__name__} {text.key()}"
     index = _indexed(request, key, lambda file: text.scan(file, request.skip))
+    if index.records == 0:  # all of it is damage that is left out: what a record has can not be told
+        raise _nothing_left(request, index)
     return _made(request, key, index, text.source(index, request.fields))
+
+
+def _nothing_left(request: Request, index: _data.Index) -> DataError:
+    for number, (name, _, _) in enumerate(request.entries):
+        for offset, _, text in index.part(number).damage:
+            path = os.path.join(request.root, name)
+            text = text if path in text else f"{path}: byte {offset}: {text}"
+            return DataError(f"{text}; no record is left", "malformed", path, offset)
+    return no_records(request.place, request.root, request.entries)
 
 
 def _csv(request: Request) -> Made:
@@ -288,25 +304,29 @@ def _csv(request: Request) -> Made:
         path.endswith(".tsv") for path, _, _ in request.entries
     )
     options = {"delimiter": "\t", **request.options} if tabs else request.options
-    return _text(replace(request, options=options), Csv)
+    csv = Csv.of(options)
+    made = _text(replace(request, options=options), csv)
+    if made.index is not None:
+        csv.check_first(made.source, made.index, lenient=request.lenient)
+    return made
 
 
 def _libsvm(request: Request) -> Made:
     from launcher.data.text import Libsvm
 
-    return _text(request, Libsvm)
+    return _text(request, Libsvm.of(request.options))
 
 
 def _json_lines(request: Request) -> Made:
     from launcher.data.text import JsonLines
 
-    return _text(request, JsonLines)
+    return _text(request, JsonLines.of(request.options))
 
 
 def _lines(request: Request) -> Made:
     from launcher.data.text import Lines
 
-    return _text(request, Lines)
+    return _text(request, Lines.of(request.options))
 
 
 def _parquet(request: Request) -> Made:
@@ -318,12 +338,13 @@ def _parquet(request: Request) -> Made:
         fields=request.names(),
         fill=request.option("fill"),
         cache=request.option("cache"),
+        skip=request.skip,
     )
-    return Made(decoded.source, request.entries, decoded.records)
+    return Made(decoded.source, request.entries, decoded.records, decoded.damage)
 
 
 def _images(request: Request) -> Made:
-    from launcher.data.images import find_images, make_source
+    from launcher.data.images import check_decodable, find_images, make_source
 
     folder = find_images(request.root, request.entries)
     if not folder.files:
@@ -336,6 +357,7 @@ def _images(request: Request) -> Made:
         say(f"{request.place.path}: {what}: {folder.others[0]}{', ...' * (count > 1)}")
     source = make_source(request.root, folder)
     if request.option("size") is not None:
+        check_decodable(request.root, folder)
         source = _jpeg(request, source, "data")
     return Made(_all_or(request, source), folder.files, (1,) * len(folder.files))
 

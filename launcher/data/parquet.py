@@ -44,10 +44,11 @@ class Column(Record):
 
 
 class Decoded(Record):
-    """The decoded records, and how many each file has."""
+    """The decoded records, how many each file has, and what was left out: (offset, bytes, text) of each by file."""
 
     source: Source
     records: tuple[int, ...]
+    damage: tuple[tuple[str, list[tuple[int, int, str]]], ...] = ()
 
 
 def make_source(
@@ -57,6 +58,7 @@ def make_source(
     fields: Sequence[str] | None = None,
     fill: Mapping[str, Any] | None = None,
     cache: str | None = None,
+    skip: bool = False,
 ) -> Decoded:
     """The records of Parquet files.
 
@@ -67,6 +69,7 @@ def make_source(
         fill: for a column the value that stands for its nulls.
         cache: a folder for the decoded rows, which the ranks of a host share: the first one decodes, the others wait.
             They stay there until somebody removes them. None: each rank decodes into its own memory.
+        skip: row groups that can not be read are left out; each rank then decodes into its own memory.
 
     Raises:
         DataError: a file is damaged, a column is of a type that no field has, has nulls without a ``fill``, or is
@@ -75,14 +78,19 @@ def make_source(
     """
     paths = [os.path.join(root, name) for name in files]
     parquet = _Parquet(paths, fields, fill or {})
-    if cache is None:
-        descriptor = os.memfd_create("launcher-parquet", os.MFD_CLOEXEC)
+    if cache is not None:
         try:
-            parquet.decode(descriptor)
-            return Decoded(parquet.source(f"/proc/self/fd/{descriptor}", False), parquet.counts())
-        finally:
-            os.close(descriptor)
-    return Decoded(parquet.source(_decode_once(parquet, cache), True), parquet.counts())
+            return Decoded(parquet.source(_decode_once(parquet, cache), True), parquet.counts())
+        except DataError:
+            if not skip:
+                raise
+    descriptor = os.memfd_create("launcher-parquet", os.MFD_CLOEXEC)
+    try:
+        damage = parquet.decode(descriptor, skip)
+        found = tuple((name, some) for name, some in zip(files, damage, strict=True) if some)
+        return Decoded(parquet.source(f"/proc/self/fd/{descriptor}", False), parquet.counts(), found)
+    finally:
+        os.close(descriptor)
 
 
 def _decode_once(parquet: _Parquet, cache: str) -> str:
@@ -136,6 +144,7 @@ class _Parquet:
                     )
                 self._first.append(self.records)
                 self.records += file.metadata.num_rows
+        self._stored = self.counts()  # records, as the files' ends say
         for name in self._fill:
             if schema is not None and name not in [column.name for column in self.columns]:
                 raise UsageError(f"fill: {name!r} is no column that is read")
@@ -144,7 +153,9 @@ class _Parquet:
         try:
             return self._read(path, page_checksum_verification=True)
         except self._arrow.ArrowException as error:
-            raise DataError(f"{path}: no Parquet file, or a damaged one: {error}", "malformed", path) from error
+            raise DataError(
+                f"{path}: no Parquet file, or a damaged one: {_one_line(error)}", "malformed", path
+            ) from error
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}", "unreadable", path) from error
 
@@ -215,8 +226,11 @@ class _Parquet:
             named,
         )
 
-    def decode(self, descriptor: int) -> None:
+    def decode(self, descriptor: int, skip: bool = False) -> list[list[tuple[int, int, str]]]:
         """Writes all rows, a row group at a time, and after them the values of ragged fields.
+
+        Returns, for each file, offset, bytes and error of the row groups that ``skip`` leaves out: then there are fewer
+        records.
 
         Raises:
             DataError: as make_source(). OutputError: the memory or the disk is full.
@@ -233,13 +247,25 @@ class _Parquet:
                 "itemsize": self.stride,
             }
         )
-        end = self.records * self.stride
+        end = sum(self._stored) * self.stride
         os.ftruncate(descriptor, max(end, 1))
-        for path, first, count in zip(self._paths, self._first, self.counts(), strict=True):
-            done = 0
+        damage: list[list[tuple[int, int, str]]] = []
+        self._first, self.records = [], 0
+        for path, count in zip(self._paths, self._stored, strict=True):
+            done, first = 0, self.records
+            left_out: list[tuple[int, int, str]] = []
             with self._open(path) as file:
                 for group in range(file.num_row_groups):
-                    table = self._read_group(file, path, group)
+                    try:
+                        table = self._read_group(file, path, group)
+                    except DataError as error:
+                        if not skip:
+                            raise
+                        known = file.metadata.row_group(group)
+                        nbytes = sum(known.column(column).total_compressed_size for column in range(known.num_columns))
+                        left_out.append((error.offset, nbytes, str(error)))
+                        count -= known.num_rows
+                        continue
                     # Few rows at a time: a column after the other is put into them, while they are in the cache.
                     for batch in table.to_batches(max_chunksize=max(1, _CACHED_BYTES // self.stride)):
                         if batch.num_rows > count - done:
@@ -257,12 +283,23 @@ class _Parquet:
                     "malformed",
                     path,
                 )
+            self._first.append(first)
+            self.records += count
+            damage.append(left_out)
+        return damage
 
     def _read_group(self, file: Any, path: str, group: int) -> Any:
         try:
             return file.read_row_group(group, columns=[column.name for column in self.columns])
         except (self._arrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: row group {group} can not be read: {error}", "malformed", path) from error
+            offset = _offset_of(file.metadata.row_group(group))
+            raise DataError(
+                f"{path}: byte {offset}: row group {group}, which begins there, can not be read: {_one_line(error)}; "
+                "copy the file again, or leave the row group out (on_bad=skip)",
+                "malformed",
+                path,
+                offset,
+            ) from error
 
     def _without_nulls(self, values: Any, column: Column, path: str, first: int) -> Any:
         if self._arrow.types.is_dictionary(values.type):
@@ -311,6 +348,17 @@ class _Parquet:
         part[:, 1] = numpy.diff(offsets)
         _write(descriptor, values, end)
         return int(values.nbytes)
+
+
+def _offset_of(group: Any) -> int:
+    """Where a row group begins in its file, as the file's end says."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    pages = [(column.dictionary_page_offset, column.data_page_offset) for column in columns]
+    return min((page for both in pages for page in both if page), default=-1)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(error)).split())
 
 
 def _described(schema: Sequence[tuple[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from launcher import _data
 from launcher.collectives.group import join
 from launcher.collectives.place import read_place
 from launcher.data.channel import Place, find_place
+from launcher.data.epochs import check_number
 from launcher.data.fields import Field, Ragged, Sparse, source_fields
 from launcher.data.manifest import attribute_fields, check_wrapped
 from launcher.data.meeting import meet
@@ -153,8 +154,7 @@ def _check(options: StreamOptions) -> None:
                 f"{name} is {getattr(options, name)!r}; expected {', '.join(map(repr, values))} in Pipe mode{hint}"
             )
     for name in ("batch_size", "window", "window_bytes", "ring_bytes"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{name} is {getattr(options, name)}; expected a whole number of at least 1")
+        check_number(name, getattr(options, name), 1)
     if not options.timeout_s > 0:
         raise UsageError(f"timeout_s is {options.timeout_s}; expected more than 0 seconds")
 

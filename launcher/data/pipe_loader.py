@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from launcher import _data
-from launcher.data.epochs import Epochs
+from launcher.data.epochs import Epochs, check_number
 from launcher.data.pipe import Stream, StreamOptions, numpy_makers, open_stream
 from launcher.data.transforms import change, split
 from launcher.errors import UsageError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from launcher.data.fields import Field
 
 # What a Loader of files takes: what a stream has no use for, and what it can not have.
-_OF_FILES = ("threads", "ring", "ring_limit", "pin", "on_reshard")
+_OF_FILES = ("threads", "ring", "ring_limit", "ring_wait", "pin", "on_reshard")
 _REFUSED = ("extent", "lanes", "store", "device", "device_cache")
 
 
@@ -154,10 +154,13 @@ def make(
     """
     for name in _OF_FILES:
         arguments.pop(name, None)
+    if str(arguments.get("device")) == "cpu":  # as for files: torch tensors in the host's memory
+        del arguments["device"]
+        arguments["output"] = "torch"
     for name in _REFUSED:
         if arguments.pop(name, None):
             raise UsageError(f"{name} is for channels of files; this one is in Pipe mode")
-    options = StreamOptions(batch_size, format=format, fields=fields)
+    options = StreamOptions(check_number("batch_size", batch_size, 1), format=format, fields=fields)
     given = {name: arguments.pop(name) for name in StreamOptions._fields if name in arguments}
     if window is not None:
         given["window"] = window

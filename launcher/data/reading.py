@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
+import sys
 
 from launcher.data.fields import Ragged, Sparse, source_fields
 from launcher.data.order import SHUFFLES, TAILS, choose
@@ -52,6 +52,7 @@ class Wanted(Record):
     threads: int | None
     ring: int
     ring_limit: int
+    ring_wait: float
     on_bad: str
     bad_limit: int
     changes: Sequence[Change]
@@ -93,13 +94,26 @@ def _numpy_maker(field: Field) -> Callable[..., Any] | None:
     )
 
 
+# What a script does about batches that it keeps.
+_KEEP_LESS = (
+    "an array that is kept, or a view of it, keeps its whole batch: drop some, keep copies (.copy(), .clone()), or "
+    "pass a larger ring_limit"
+)
+
+
 def _say_blocked(held: int) -> None:
-    warnings.warn(
-        f"the loader waits: all of its {held} batches are kept by the script; drop some, keep copies, or pass a larger "
-        "ring_limit",
-        RuntimeWarning,
-        stacklevel=2,
+    _say(f"the loader waits: the script keeps {held} batches, as many as ring_limit has it; {_KEEP_LESS}")
+
+
+def _say_grown(held: int) -> None:
+    _say(
+        f"the loader waits no longer: none of the {held} batches that the script keeps came back in ring_wait seconds, "
+        f"so it takes memory beyond ring_limit from now on; {_KEEP_LESS}"
     )
+
+
+def _say(text: str) -> None:
+    print(f"[launcher] {text}", file=sys.stderr, flush=True)
 
 
 class FileReading:
@@ -113,7 +127,8 @@ class FileReading:
         """
         self._wanted = wanted
         self._engine: Batches | None = None
-        self._base = 0
+        self._base, self._closed = 0, False
+        self._counts: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | {"first_bad": ""}  # that were seen last
         channel = wanted.channel
         name = os.path.basename(os.fspath(channel).rstrip("/")) if isinstance(channel, (str, os.PathLike)) else "data"
         self._agreement = Agreement(
@@ -250,7 +265,9 @@ class FileReading:
             "mask": wanted.masked,
             "numbers": wanted.record_numbers,
             "reuse": wanted.reuse,
+            "ring_wait": wanted.ring_wait,
             "blocked": _say_blocked,
+            "grown": _say_grown,
         }
         if wanted.device is not None:
             from launcher.data.device import on_device
@@ -270,12 +287,15 @@ class FileReading:
 
     def statistics(self) -> dict[str, Any]:
         """As Loader.statistics()."""
-        found = self._engine.statistics() if self._engine is not None else dict.fromkeys(_COUNTS, 0) | {"first_bad": ""}
-        return {**found, "damaged": self._plan.damage, "threads": self.threads}
+        if self._engine is not None and not self._closed:
+            self._counts = self._engine.statistics()
+        return {**self._counts, "damaged": self._plan.damage, "threads": self.threads}
 
     def close(self) -> None:
         """Ends the threads."""
         if self._engine is not None:
+            self.statistics()
+            self._closed = True
             self._engine.close()
 
 

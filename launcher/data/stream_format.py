@@ -137,6 +137,7 @@ def decoder_of(
             skip=False,
             index="off",
             options=options,
+            lenient=True,
         )
         try:
             return _data.stream_decoder(open_format(format, request).source)

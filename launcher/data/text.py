@@ -96,6 +96,28 @@ class Csv(Record):
         wanted = self._both(columns) if fields is None else self._chosen(fields, names, columns)
         return _data.csv_source(index, columns, wanted, self.delimiter, self.quote)
 
+    def check_first(self, source: _data.Source, index: _data.Index, *, lenient: bool) -> None:
+        """Looks whether the first record can be read: a header that nobody has told of would be found at some step.
+
+        Args:
+            source: of ``index``.
+            lenient: only what has no number at all is an error: of other rows, the reading of the record tells.
+
+        Raises:
+            DataError: it can not.
+        """
+        errors = [] if self.header else _data.check_records(source, 0, 1, 1)[1]
+        cells = (_data.csv_first(index, self.delimiter, self.quote) or []) if errors else []
+        words = not any(map(_is_number, cells))
+        if not errors or (lenient and not words):
+            return
+        text, problem, file, offset, record = errors[0]
+        if source.records == 1 or _data.check_records(source, 1, 2, 1)[0] == 0:
+            text += "; if this row is a header, pass header=True (--option header=true)"
+        elif words:
+            text += "; say which columns are wanted, as what: fields={'age': ('float32', 0), 'note': ('text', 1)}"
+        raise DataError(text, problem, file, offset, record)
+
     def _columns(self, index: _data.Index) -> int:
         first = _data.csv_first(index, self.delimiter, self.quote)
         if first is None:
@@ -325,6 +347,14 @@ def _one_of(name: Any, names: Sequence[str]) -> str:
         if known == name:
             return known
     raise UsageError(f"there is no {name!r}; expected one of {', '.join(names)}")
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_mapping(fields: Any) -> bool:

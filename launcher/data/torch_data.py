@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from launcher import _data
+from launcher.data.epochs import check_number
 from launcher.data.fields import Ragged, Sparse
 from launcher.data.loader import Loader, find_world
 from launcher.data.order import TAILS, Shuffling
@@ -15,6 +17,7 @@ from launcher.record import replace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+    from types import FrameType
     from typing import Any
 
     from launcher._data import Order
@@ -97,8 +100,12 @@ def torch_dataset(channel: str | os.PathLike[str], batch_size: int, **options: A
     ``loader``, ``set_epoch()``, ``state_dict()`` and ``load_state_dict()``. The loader's threads do the work; worker
     processes (``num_workers``) would each read the same records, and are refused.
 
+    DataLoader must be told ``batch_size=None``: it would make batches of batches, which is refused.
+
     Args and errors: as for Loader.
     """
+    if options.pop("output", "torch") != "torch":
+        raise UsageError("output is given; a dataset for DataLoader has torch tensors: leave it out, or use Loader")
     loader = Loader(channel, batch_size, output="torch", **options)
     return dataset_of(loader)
 
@@ -114,6 +121,8 @@ def dataset_of(loader: Loader) -> Any:
         def __iter__(self) -> Iterator[dict[str, Any]]:
             if get_worker_info() is not None:
                 raise UsageError("the loader's own threads do the work: pass num_workers=0 to DataLoader")
+            if _is_collated(sys._getframe(1)):
+                raise UsageError("the items of this dataset are batches: pass batch_size=None to DataLoader")
             return iter(self.loader)
 
         def __len__(self) -> int:
@@ -132,6 +141,12 @@ def dataset_of(loader: Loader) -> Any:
             self.loader.load_state_dict(state)
 
     return Batches()
+
+
+def _is_collated(caller: FrameType) -> bool:
+    """Whether a DataLoader asks that puts items together: only what it fetches them with knows (torch 2)."""
+    fetches = caller.f_globals.get("__name__") == "torch.utils.data._utils.fetch"
+    return fetches and caller.f_locals.get("auto_collation") is True
 
 
 class Sampler:
@@ -157,7 +172,11 @@ class Sampler:
             UsageError: an argument is wrong.
         """
         self.rank, self.num_replicas, _ = find_world(rank, num_replicas)
-        self._records = dataset if isinstance(dataset, int) else len(dataset)
+        if not hasattr(dataset, "__len__") and not hasattr(dataset, "__index__"):
+            raise UsageError(f"dataset is {dataset!r}; expected one that has a length, or a number, its length")
+        records = len(dataset) if hasattr(dataset, "__len__") else dataset
+        self._records = check_number("dataset", records, 0)
+        seed = check_number("seed", seed, 0)
         self._now = State(
             fingerprint=0, records=self._records, seed=seed, shuffling=Shuffling("full" if shuffle else "none")
         )
@@ -182,7 +201,12 @@ class Sampler:
         self._now = replace(self._now, epoch=self._now.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is this epoch; from its begin, unless it is the one that a loaded state stands in."""
+        """The next iteration is this epoch; from its begin, unless it is the one that a loaded state stands in.
+
+        Raises:
+            UsageError: it is no whole number from 0 on.
+        """
+        epoch = check_number("epoch", epoch, 0)
         if epoch != self._now.epoch or not self._base:
             self._now, self._base, self._given = replace(self._now, epoch=epoch), 0, 0
 

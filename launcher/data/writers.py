@@ -118,10 +118,11 @@ class RecordIOWriter(_Writer):
         """Adds one record of less than 512 MiB.
 
         Raises:
-            UsageError: it is larger.
+            UsageError: it is larger, or no bytes.
         """
         from launcher import _data
 
+        _check_bytes(self.path, self.records, record)
         try:
             framed = _data.encode_recordio(record, self._escape)
         except ValueError as error:
@@ -138,9 +139,14 @@ class TFRecordWriter(_Writer):
     """
 
     def write(self, record: bytes) -> None:
-        """Adds one record."""
+        """Adds one record.
+
+        Raises:
+            UsageError: it is no bytes.
+        """
         from launcher import _data
 
+        _check_bytes(self.path, self.records, record)
         self._write(_data.encode_tfrecord(record))
         self.records += 1
 
@@ -173,6 +179,8 @@ class RecordProtoWriter(_Writer):
         """
         from launcher import _data
 
+        if not hasattr(columns, "items"):
+            raise UsageError(f"{self.path}: got {type(columns).__name__}; expected names with their columns, a dict")
         prepared = [_prepare(name, column) for name, column in columns.items()]
         if not prepared:
             raise UsageError(f"{self.path}: a record needs one field at least")
@@ -216,6 +224,8 @@ class FixedWriter(_Writer):
         """
         import numpy
 
+        if isinstance(columns, (Ragged, Sparse)):
+            raise UsageError(f"{self.path}: rows have no fixed size; write them as RecordIO")
         array = _structured(self.path, columns) if hasattr(columns, "items") else numpy.asarray(columns)
         if array.ndim == 0 or array.dtype.hasobject:
             raise UsageError(f"{self.path}: expected an array of rows of fixed size, got {array.dtype} {array.shape}")
@@ -246,6 +256,12 @@ class FixedWriter(_Writer):
             raise UsageError(f"{self.path}: no batch was written, so that nobody knows the type of its records")
         self._file.seek(0)
         self._write(self._header(self.records))
+
+
+def _check_bytes(path: str, number: int, record: object) -> None:
+    if not isinstance(record, bytes):
+        hint = "; encode it" if isinstance(record, str) else ""
+        raise UsageError(f"{path}: record {number} is of type {type(record).__name__}; expected bytes{hint}")
 
 
 class _Column:
@@ -313,9 +329,13 @@ def _structured(path: str, columns: Mapping[str, Any]) -> Any:
 
     arrays = {}
     for name, column in columns.items():
-        arrays[name] = numpy.asarray(column)
-        if isinstance(column, (Ragged, Sparse)) or arrays[name].ndim == 0 or arrays[name].dtype.name not in DTYPES:
-            raise UsageError(f"{path}: field {name!r} has no rows of fixed size; write it as RecordIO")
+        if not isinstance(column, (Ragged, Sparse)):
+            arrays[name] = numpy.asarray(column)
+        if name not in arrays or arrays[name].ndim == 0 or arrays[name].dtype.name not in DTYPES:
+            raise UsageError(
+                f"{path}: field {name!r} has no rows of fixed size; write it as RecordIO (RecordProtoWriter, --to "
+                "recordio-protobuf), or leave it out (fields)"
+            )
     if not arrays:
         raise UsageError(f"{path}: a record needs one field at least")
     rows = _same_rows(path, {name: len(array) for name, array in arrays.items()})

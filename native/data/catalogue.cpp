@@ -79,6 +79,7 @@ class Listing {
     std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.path < b.path; });
     return std::move(entries_);
   }
+  std::uint64_t left_out() const noexcept { return left_out_; }
 
  private:
   struct Identity {
@@ -103,6 +104,8 @@ class Listing {
         throw_refused(root_ + "/" + path, errno);
       }
       add(std::move(inner), path + "/");
+    } else if (S_ISLNK(status.st_mode)) {
+      ++left_out_;
     }
   }
 
@@ -110,11 +113,12 @@ class Listing {
   const ListOptions& options_;
   std::vector<Identity> above_;
   std::vector<Entry> entries_;
+  std::uint64_t left_out_ = 0;  // symbolic links
 };
 
 }  // namespace
 
-std::vector<Entry> list_files(const std::string& root, const ListOptions& options) {
+std::vector<Entry> list_files(const std::string& root, const ListOptions& options, std::uint64_t* left_out) {
   struct stat status{};
   if (stat(root.c_str(), &status) != 0) {
     throw_refused(root, errno);
@@ -128,6 +132,9 @@ std::vector<Entry> list_files(const std::string& root, const ListOptions& option
   }
   Listing listing(root, options);
   listing.add(std::move(folder), "");
+  if (left_out != nullptr) {
+    *left_out = listing.left_out();
+  }
   return listing.take();
 }
 

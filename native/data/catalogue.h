@@ -23,8 +23,8 @@ struct ListOptions {
 
 // The regular files below `root`, at any depth, sorted by the bytes of their relative paths, as object stores list
 // them; `root` may be one file, and a link itself. Throws DataError(changed, unreadable), and (malformed) for a link
-// that leads back to a folder above it.
-std::vector<Entry> list_files(const std::string& root, const ListOptions& options);
+// that leads back to a folder above it. `left_out`: set to the number of symbolic links that were.
+std::vector<Entry> list_files(const std::string& root, const ListOptions& options, std::uint64_t* left_out = nullptr);
 
 }  // namespace launcher::data
 

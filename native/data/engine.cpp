@@ -7,8 +7,10 @@
 #include <chrono>
 #include <condition_variable>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -21,6 +23,9 @@ using Clock = std::chrono::steady_clock;
 
 // How long a wait lasts before it looks whether it is to end.
 constexpr std::chrono::milliseconds kSlice{20};
+// Waits for the user to drop a batch that are no further apart are one to whom they are told: a user who drops each
+// batch late, and so waits for each, reads of it once.
+constexpr std::chrono::seconds kEpisode{5};
 // Before a wait: to be woken takes longer than this.
 constexpr std::chrono::microseconds kSpin{10};
 
@@ -89,14 +94,17 @@ struct Engine::Core : std::enable_shared_from_this<Core> {
   Core(std::shared_ptr<const Source> source, EngineOptions given)
       : options(std::move(given)),
         filler(std::move(source), options.on_bad, options.bad_limit),
-        ahead(std::max<std::size_t>(options.ring_limit, 1)),
+        ahead(std::max<std::size_t>(options.ring_limit, 2)),
+        limit(options.ring_limit),
         forks_before(forks.load(std::memory_order_relaxed)) {}
+
+  using FullSince = std::optional<Clock::time_point>;
 
   bool forked() const noexcept { return forks.load(std::memory_order_relaxed) != forks_before; }
 
   // Slots that there may be while `lent` of them are lent: two more, to fill one while another waits.
   std::size_t wanted_slots() const noexcept {
-    return std::clamp<std::size_t>(lent + 2, std::min(options.ring, ahead.size()), ahead.size());
+    return std::clamp<std::size_t>(lent + 2, std::min(options.ring, limit), limit);
   }
   bool has_slot() const noexcept { return !unused.empty() || slots < wanted_slots(); }
 
@@ -191,8 +199,8 @@ struct Engine::Core : std::enable_shared_from_this<Core> {
   void run_filler(Scratch& own);
   Lease next_filled(const std::function<void(std::size_t)>& blocked, const std::function<bool()>& interrupted);
   Lease fill_now(const std::function<void(std::size_t)>& blocked, const std::function<bool()>& interrupted);
-  bool wait(std::unique_lock<std::mutex>& lock, bool all_lent, const std::function<void(std::size_t)>& blocked,
-            const std::function<bool()>& interrupted);
+  bool wait(std::unique_lock<std::mutex>& lock, bool all_lent, FullSince& full_since,
+            const std::function<void(std::size_t)>& blocked, const std::function<bool()>& interrupted);
 
   const EngineOptions options;
   Filler filler;
@@ -202,13 +210,15 @@ struct Engine::Core : std::enable_shared_from_this<Core> {
   std::condition_variable slot_free;  // for the fillers
   std::condition_variable outcome;    // for the user
   std::vector<std::shared_ptr<Filled>> unused;
-  std::vector<Outcome> ahead;  // of step s at s % size: no more steps are under way than there are slots
+  std::vector<Outcome> ahead;  // of step s at s % size: no more steps are under way than there are slots not lent
+  std::size_t limit;           // of slots: options.ring_limit until the user has kept as many for too long
   std::size_t slots = 0, lent = 0;
   std::uint64_t claimed = 0;    // the next step to fill
   std::uint64_t delivered = 0;  // the next step to hand over
   std::size_t filling = 0;      // threads that do it now
   std::size_t sleeping_fillers = 0;
-  bool paused = false, closed = false, warned = false;
+  bool paused = false, closed = false;
+  FullSince last_full;  // when the user waited last because all slots were lent
   std::atomic<bool> user_blocked{false};
   std::atomic<std::uint64_t> outcomes{0};  // that there were so far
   std::exception_ptr failed;               // no step comes after it
@@ -265,18 +275,32 @@ void Engine::Core::run_filler(Scratch& own) {
   }
 }
 
-// False: the user gives up. `all_lent`: and nothing will happen unless a batch comes back.
-bool Engine::Core::wait(std::unique_lock<std::mutex>& lock, bool all_lent,
+// False: the user gives up. `all_lent`: and nothing will happen unless a batch comes back, for which the user waits
+// since `full_since`.
+bool Engine::Core::wait(std::unique_lock<std::mutex>& lock, bool all_lent, FullSince& full_since,
                         const std::function<void(std::size_t)>& blocked, const std::function<bool()>& interrupted) {
-  if (all_lent && !warned) {
-    warned = true;
-    const std::size_t holders = lent;
-    lock.unlock();
-    blocked(holders);
-    lock.lock();
-    return true;  // it took a while: look again
-  }
   const Clock::time_point begin = Clock::now();
+  if (all_lent) {
+    full_since = full_since.value_or(begin);
+    const bool news = !last_full || begin - *last_full > kEpisode;
+    const bool enough = std::chrono::duration<double>(begin - *full_since).count() >= options.ring_wait_s;
+    const std::size_t holders = lent;
+    last_full = begin;
+    if (enough) {
+      limit = std::numeric_limits<std::size_t>::max();
+    }
+    if (news || enough) {
+      lock.unlock();
+      if (news) {
+        blocked(holders);
+      }
+      if (enough && options.grown) {
+        options.grown(holders);
+      }
+      lock.lock();
+      return true;  // it took a while: look again
+    }
+  }
   user_blocked.store(true, std::memory_order_relaxed);
   const std::cv_status status = outcome.wait_for(lock, kSlice);
   user_blocked.store(false, std::memory_order_relaxed);
@@ -299,8 +323,9 @@ Lease Engine::Core::fill_now(const std::function<void(std::size_t)>& blocked,
   if (delivered == filler.steps()) {
     return nullptr;
   }
+  FullSince full_since;
   while (!has_slot()) {
-    if (!wait(lock, true, blocked, interrupted)) {
+    if (!wait(lock, true, full_since, blocked, interrupted)) {
       return nullptr;
     }
   }
@@ -332,11 +357,12 @@ Lease Engine::Core::next_filled(const std::function<void(std::size_t)>& blocked,
     spin_for_outcome(seen);
     lock.lock();
   }
+  FullSince full_since;
   while (!next.there()) {
     if (sleeping_fillers != 0 && has_slot()) {
       slot_free.notify_all();
     }
-    if (!wait(lock, claimed == delivered && !has_slot(), blocked, interrupted)) {
+    if (!wait(lock, claimed == delivered && !has_slot(), full_since, blocked, interrupted)) {
       return nullptr;
     }
   }
@@ -407,6 +433,7 @@ void Engine::restart(const OrderParameters& order, const ShareParameters& share)
   }
   core.failed = nullptr;
   core.claimed = core.delivered = 0;
+  core.last_full.reset();
   try {
     core.filler.begin(order, share);
   } catch (...) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -23,7 +24,10 @@ enum class OnBad : std::uint8_t {
 struct EngineOptions {
   std::size_t ring = 4;         // batches that may be filled or lent at the same time, to begin with
   std::size_t ring_limit = 64;  // to which the ring grows while its user keeps batches
-  std::size_t threads = 0;      // 0: each batch is filled by the thread that asks for it
+  // How long next() waits for one of ring_limit batches to come back, in seconds. Then the ring grows beyond, for good.
+  double ring_wait_s = std::numeric_limits<double>::infinity();
+  std::function<void(std::size_t holders)> grown;  // called when it does, by next(); may be empty
+  std::size_t threads = 0;                         // 0: each batch is filled by the thread that asks for it
   OnBad on_bad = OnBad::raise;
   std::uint64_t bad_limit = 0;  // substituted records of an epoch before it is an error after all; 0: none
   // Called with the memory of each fixed column that a batch has got, and before it is given back; for pinned memory
@@ -82,8 +86,9 @@ class Engine {
   void restart(const OrderParameters& order, const ShareParameters& share);
 
   // The batch of the next step; null after the last one. Blocks while all slots are lent and the ring may not grow:
-  // `blocked(holders)` is called once, with how many batches are held, then `interrupted()` now and then (true: give
-  // up, null is returned). Throws what a filler threw: DataError, each time it is called. ForkedError.
+  // `blocked(holders)` is called with how many batches are held (once for waits that follow each other closely), then
+  // `interrupted()` now and then (true: give up, null is returned). Throws what a filler threw: DataError, each time it
+  // is called. ForkedError.
   Lease next(const std::function<void(std::size_t)>& blocked, const std::function<bool()>& interrupted);
   std::uint64_t steps() const noexcept;  // from the position it began at to the end of the epoch
   std::uint64_t step() const;            // that comes next; throws ForkedError

@@ -208,7 +208,8 @@ void File::check_unchanged() const {
   }
   const auto now = static_cast<std::uint64_t>(status.st_size);
   if (now != size_) {
-    throw DataError(Problem::changed, path_, kNowhere, kNowhere, "it was changed: " + sizes(size_, now) + kLeaveAlone);
+    throw DataError(Problem::changed, path_, now < size_ ? now : kNowhere, kNowhere,
+                    "it was changed: " + sizes(size_, now) + kLeaveAlone);
   }
   if (nanoseconds(status.st_mtim) != modified_ns_) {
     throw DataError(Problem::changed, path_, kNowhere, kNowhere,

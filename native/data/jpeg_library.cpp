@@ -156,8 +156,7 @@ class TurboLibrary final : public JpegLibrary {
   TurboFunctions functions_;
 };
 
-// --- libjpeg
-// -----------------------------------------------------------------------------------------------------------
+// --- libjpeg -------------------------------------------------------------------------------------------------------
 #ifdef LAUNCHER_HAS_JPEGLIB
 
 struct LibjpegFunctions {

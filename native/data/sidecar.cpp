@@ -16,6 +16,7 @@
 #include <unordered_map>
 
 #include "batch.h"
+#include "checksum.h"
 #include "launcher/descriptor.h"
 
 // The layout, in the byte order of the machine (a sidecar never leaves it):
@@ -46,34 +47,6 @@ constexpr std::uint64_t kAlignment = 8;
 
 enum Form : std::uint64_t { kContiguous = 0, kApart = 1, kWide = 2 };  // which arrays there are
 
-// Four sums side by side, as each step waits for the one before it. It finds accidents, not attacks.
-std::uint64_t checksum(std::span<const std::byte> bytes) noexcept {
-  constexpr std::uint64_t kFactor = 0x9E3779B97F4A7C15;  // 2^64 by the golden ratio, odd
-  constexpr std::size_t kLanes = 4;
-  std::array<std::uint64_t, kLanes> sums = {1, 2, 3, 4};
-  const auto mix = [](std::uint64_t sum, std::uint64_t word) {
-    sum = (sum ^ word) * kFactor;
-    return sum ^ (sum >> 32);
-  };
-  std::size_t at = 0;
-  for (; bytes.size() - at >= sizeof sums; at += sizeof sums) {
-    std::array<std::uint64_t, kLanes> words;
-    std::memcpy(words.data(), bytes.data() + at, sizeof words);
-    for (std::size_t i = 0; i < kLanes; ++i) {
-      sums[i] = mix(sums[i], words[i]);
-    }
-  }
-  std::array<std::uint64_t, kLanes> rest{};
-  if (at < bytes.size()) {
-    std::memcpy(rest.data(), bytes.data() + at, bytes.size() - at);
-  }
-  std::uint64_t all = bytes.size();
-  for (std::size_t i = 0; i < kLanes; ++i) {
-    all = mix(all, mix(sums[i], rest[i]));
-  }
-  return all;
-}
-
 std::uint64_t aligned(std::uint64_t bytes) noexcept { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 template <typename T>
@@ -85,8 +58,7 @@ std::uint64_t blocks_of(std::uint64_t records) noexcept {
   return records / Spans::kBlock + (records % Spans::kBlock != 0 ? 1 : 0);
 }
 
-// --- writing
-// ----------------------------------------------------------------------------------------------------------
+// --- writing -------------------------------------------------------------------------------------------------------
 
 class Writer {
  public:
@@ -205,8 +177,7 @@ void add_file(Writer& writer, Table& table, const Entry& entry, const FileIndex&
   }
 }
 
-// --- reading
-// ----------------------------------------------------------------------------------------------------------
+// --- reading -------------------------------------------------------------------------------------------------------
 
 class Reader {
  public:

@@ -42,8 +42,9 @@ class MemoryFile {
   MemoryFile& operator=(const MemoryFile&) = delete;
   ~MemoryFile() { close(descriptor_); }
 
+  std::string path() const { return "/proc/self/fd/" + std::to_string(descriptor_); }
   std::shared_ptr<const data::File> open(data::Access access) const {
-    return std::make_shared<data::File>("/proc/self/fd/" + std::to_string(descriptor_), access);
+    return std::make_shared<data::File>(path(), access);
   }
 
  private:

@@ -64,8 +64,9 @@ def test_what_fits_two_formats_or_none_is_an_error(tmp_path: Path) -> None:
     ):
         open_source(tmp_path)
     (tmp_path / "data").rename(tmp_path / "data.rec")
-    with pytest.raises(UsageError, match=r"may be recordio or recordio-protobuf; say which one by format="):
+    with pytest.raises(DataError, match=r"data\.rec: byte 0: begins with b'\\x00\\x01\\x02', as no file of") as found:
         open_source(tmp_path)
+    assert (found.value.file, found.value.offset) == (str(tmp_path / "data.rec"), 0)
     (tmp_path / "data.rec").rename(tmp_path / "data.csv.gz")
     with pytest.raises(UsageError, match=r"data.csv.gz: the file is compressed"):
         open_source(tmp_path)
@@ -119,6 +120,116 @@ def test_an_empty_channel_is_an_error_and_an_empty_file_is_none(
     write_recordio(folder / "a.rec", [])
     write_recordio(folder / "b.rec", numbered(3))
     assert open_source("train").files == (("a.rec", 0, 0), ("b.rec", 60, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b""),
+        ("a.csv", b"\n\n"),
+        ("a.libsvm", b""),
+        ("a.libsvm", b"# nothing\n"),
+        ("a.jsonl", b"\n"),
+        ("a.txt", b""),
+        ("a.rec", b""),
+        ("a.pbr", b""),
+        ("a.tfrecord", b""),
+        ("a.tar", b""),
+        ("a.tar", bytes(10240)),
+        ("a.npy", b""),
+        ("a.mds", b""),
+        ("a.bin", b""),
+        ("part-0", b""),
+        ("index.json", b'{"shards": [], "version": 2}'),
+    ],
+)
+def test_files_without_a_record_are_named_f10(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    options = {"fields": {"x": "uint8"}} if name == "a.bin" else {}
+    whole = tmp_path if name == "index.json" else tmp_path / name
+    with pytest.raises(DataError, match=r"(is empty|has no records|lists no files).* a channel has one") as found:
+        open_source(tmp_path, **options)
+    assert (found.value.file, str(found.value).startswith(f"{whole}: ")) == (str(whole), True)
+    if name != "index.json":
+        (tmp_path / f"b{Path(name).suffix}").write_bytes(content)
+        with pytest.raises(DataError, match=rf"{tmp_path}: its 2 files (are empty|have no records)"):
+            open_source(tmp_path, **options)
+
+
+def test_a_damaged_first_file_does_not_hide_the_format(tmp_path: Path) -> None:
+    write_recordio(tmp_path / "b.rec", numbered(3))
+    (tmp_path / "a.rec").write_bytes(b"junk" + (tmp_path / "b.rec").read_bytes()[4:])
+    with pytest.raises(DataError, match=r"a\.rec: byte 0: record 0: found 0x6b6e756a where a frame must begin"):
+        open_source(tmp_path)
+    assert [records for _, _, records in open_source(tmp_path, on_bad="skip").files] == [2, 3]
+
+
+def test_files_of_different_formats_are_not_mixed(tmp_path: Path) -> None:
+    write_recordio(tmp_path / "b.rec", numbered(3))
+    (tmp_path / "LICENSE").write_text("free\n")
+    (tmp_path / "b.idx").write_text("0\t0\n")
+    with pytest.raises(UsageError, match=r"LICENSE is of no format that is known"):
+        open_source(tmp_path)  # a suffix that tells nothing is no contradiction
+    (tmp_path / "c.csv").write_text("1,2\n")
+    with pytest.raises(
+        UsageError, match=r"b\.rec is of format recordio or recordio-protobuf by its suffix, c\.csv of csv"
+    ):
+        open_source(tmp_path)
+    (tmp_path / "LICENSE").unlink()
+    with pytest.raises(UsageError, match="put the files of each format into a folder of their own, or say by format="):
+        open_source(tmp_path)
+    assert open_source(tmp_path, format="files").records == 3
+
+
+def test_links_that_are_left_out_are_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_recordio(tmp_path / "store/a.rec", numbered(3))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.rec", "b.rec"):
+        (folder / name).symlink_to(tmp_path / "store/a.rec")
+    with pytest.raises(
+        DataError, match=r"data has no files but 2 symbolic links left out, which links=True \(--links\)"
+    ):
+        open_source(folder)
+    assert open_source(folder, links=True).records == 6
+    write_recordio(folder / "c.rec", numbered(1))
+    assert capfd.readouterr().err == ""
+    for _ in range(2):  # it is told once
+        assert open_source(folder).records == 1
+    said = f"[launcher] {folder}: 2 symbolic links left out, which links=True (--links) follows\n"
+    assert capfd.readouterr().err == said
+
+
+@pytest.mark.parametrize("where", [None, 3, ["a.rec"], b"a.rec", ""])
+def test_what_is_no_path_is_refused(where: object) -> None:
+    with pytest.raises(UsageError, match=r"channel is .*; expected the name of a channel, or the path of a file or fo"):
+        open_source(where)  # type: ignore[arg-type]
+
+
+REFUSED = """
+import os, sys
+from launcher.data.catalogue import open_source
+from launcher.errors import DataError
+os.setuid(65534)
+try:
+    open_source(sys.argv[1])
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_path_that_can_not_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="/dev/null: neither a file nor a folder, but a device"):
+        open_source("/dev/null")
+    with pytest.raises(DataError, match="can not be looked at: File name too long"):
+        open_source(tmp_path / ("x" * 300))
+    if os.getuid() != 0:
+        pytest.skip("only root can become somebody else, who may not look")
+    tmp_path.chmod(0o700)
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, tmp_path / "data"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"{tmp_path}/data: can not be looked at: Permission denied\n", done.stderr
 
 
 def test_the_fingerprint_says_which_records_these_are(tmp_path: Path) -> None:

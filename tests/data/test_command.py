@@ -112,6 +112,43 @@ def test_verify_reads_what_only_decoding_shows(tmp_path: Path) -> None:
     assert "a.npy: byte 992: record 27: the header says 100 records" in text
 
 
+def test_a_header_that_was_not_said_is_told_by_each_action(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("age,size\n1,2\n3,4\n")
+    for words in (["inspect", path], ["convert", path, "--to", "npy", "--output", tmp_path / "a.npy"]):
+        with pytest.raises(DataError, match=r"a\.csv: byte 0: .*'age'.*pass header=True \(--option header=true\)"):
+            answer(*words)
+    text, code = answer("verify", path)
+    assert code == 65 and "pass header=True (--option header=true)" in text
+    assert answer("verify", path, "--option", "header=true")[1] == 0
+
+
+def test_verify_reads_the_row_groups_beside_a_damaged_one(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"x": numpy.arange(1000)}), tmp_path / "a.parquet", row_group_size=100)
+    with pq.ParquetFile(tmp_path / "a.parquet") as file:
+        places = [file.metadata.row_group(group).column(0).dictionary_page_offset for group in (2, 7)]
+    with (tmp_path / "a.parquet").open("r+b") as changed:
+        for place in places:
+            changed.seek(place)
+            changed.write(b"\xff" * 20)
+    found, code = facts("verify", tmp_path)
+    assert (code, found["records"], found["damaged_places"]) == (65, 800, 2)
+    for place, text in zip(places, found["errors"], strict=True):
+        assert text.startswith(f"{tmp_path}/a.parquet: byte {place}: row group ")
+
+
+def test_convert_of_what_has_no_fixed_size(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.libsvm").write_text("1 1:2\n0 7:1\n")
+    for source in (folder, tmp_path / "a.libsvm"):
+        with pytest.raises(
+            UsageError, match=r"x\.npy: field '(data|values)' has no rows of fixed size; write it as Rec"
+        ):
+            answer("convert", source, "--to", "npy", "--output", tmp_path / "x.npy")
+    assert not (tmp_path / "x.npy").exists()
+
+
 @pytest.mark.parametrize("target", ["recordio-protobuf", "npy"])
 def test_convert_writes_all_records_in_order(tmp_path: Path, target: str) -> None:
     (tmp_path / "a.csv").write_text("".join(f"{number},{number / 4},-1\n" for number in range(1000)))
@@ -159,6 +196,8 @@ def test_what_is_left_out_is_said(folder: Path) -> None:
         (["inspect", ".", "--format"], "option --format needs a value"),
         (["convert", ".", "--to", "zip"], "data convert: to is 'zip'; expected one of recordio"),
         (["inspect", "no/such/path"], "no channel and no path 'no/such/path'"),
+        (["inspect", ""], "channel is ''; expected the name of a channel"),
+        (["inspect", "/dev/null"], "/dev/null: neither a file nor a folder"),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str) -> None:

@@ -10,6 +10,9 @@ import numpy
 import pytest
 
 from launcher.data import Loader
+from launcher.data.catalogue import open_source
+from launcher.data.channel import Place
+from launcher.data.stream_format import decoder_of
 from launcher.data.text import Csv
 from launcher.errors import DataError, UsageError
 
@@ -253,6 +256,42 @@ def test_no_records(tmp_path: Path) -> None:
     assert read_source(format.source(index))["values"].tolist() == [[1, 2]]
     with pytest.raises(DataError, match="no records"):
         format.source(index_of(format, tmp_path / "empty.csv"))
+
+
+HEADED = "age,size\n" + "".join(f"{number},{number}.5\n" for number in range(100))
+
+
+@pytest.mark.parametrize("on_bad", ["raise", "substitute", "skip"])
+def test_a_header_that_nobody_told_of_is_found_at_open(tmp_path: Path, on_bad: str) -> None:
+    """Not at whatever step the first line comes."""
+    path = tmp_path / "a.csv"
+    path.write_text(HEADED)
+    with pytest.raises(DataError, match=r"a\.csv: byte 0: record 0: column 0 .* is 'age'; .*\(line 1\)") as found:
+        open_source(path, on_bad=on_bad)
+    assert "; if this row is a header, pass header=True (--option header=true)" in str(found.value)
+    assert (found.value.file, found.value.offset, found.value.record) == (str(path), 0, 0)
+    assert open_source(path, on_bad=on_bad, header=True).records == 100
+    texts_of = open_source(path, on_bad=on_bad, fields={"age": ("text", 0)})
+    assert texts(read_source(texts_of.source)["age"])[:2] == [b"age", b"0"]
+
+
+def test_a_header_in_a_stream_is_found_at_its_first_record() -> None:
+    place = Place(name="train", path="train", mode="Pipe", content_type="text/csv")
+    with pytest.raises(DataError, match=r"train_0: byte 0: .* is 'age'; .*pass header=True") as found:
+        decoder_of("csv", place, None, {}, b"age,size\n", "train_0")
+    assert (found.value.file, found.value.offset) == ("train_0", 0)
+
+
+def test_a_first_row_that_is_damaged_is_no_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("1,x2\n" + "3,4\n" * 5)
+    with pytest.raises(DataError, match=r"column 1 .* is 'x2'; expected a number \(line 1\); if this row is a header"):
+        open_source(path)
+    with Loader(path, 6, on_bad="substitute", shuffle="none") as loader:
+        assert next(iter(loader))["mask"].tolist() == [False, True, True, True, True, True]
+    path.write_text("a,b\nc,d\n")
+    with pytest.raises(DataError, match=r"is 'a'; expected a number \(line 1\); say which columns are wanted, as what"):
+        open_source(path)
 
 
 def test_loader(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from launcher.data.device_cache import check_cache
 from launcher.data.fields import Field
 from launcher.errors import UsageError
 
+numpy = pytest.importorskip("numpy")
+
 MASK = 2**32 - 1
 
 
@@ -94,14 +96,29 @@ def test_a_loader_without_a_gpu_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="device_cache is True without a device"):
         Loader(tmp_path, 4, device_cache=True)
-    for device in ("cpu", "gpu", "cuda:x", 1.5):
-        with pytest.raises(UsageError, match="expected 'cuda' or 'cuda:N'"):
+    for device in ("gpu", "cuda:x", 1.5):
+        with pytest.raises(UsageError, match="expected 'cuda', 'cuda:N' or 'cpu'"):
             Loader(tmp_path, 4, device=device)
+    with pytest.raises(UsageError, match="device is 'meta'; expected 'cuda' or 'cuda:N'"):
+        Loader(tmp_path, 4, device="meta")
+    with pytest.raises(UsageError, match="device_cache is True, which needs a GPU"):
+        Loader(tmp_path, 4, device="cpu", device_cache=True)
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: what is said without one can not be seen")
     for cache in (False, True):
         with pytest.raises(UsageError, match="finds no CUDA device"):
             Loader(tmp_path, 4, device="cuda", device_cache=cache)
+
+
+@pytest.mark.torch
+def test_on_the_cpu_nothing_is_copied(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from launcher.data import Loader
+
+    numpy.save(tmp_path / "a.npy", numpy.arange(8, dtype=numpy.float32))
+    for device in ("cpu", torch.device("cpu")):
+        with Loader(tmp_path, 4, device=device, shuffle="none") as loader:
+            assert [batch["values"].tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_the_benchmark_says_that_there_is_no_gpu() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -99,30 +99,63 @@ def test_shapes_set_by_the_user_are_the_users(path: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 1])
-def test_over_the_limit_it_waits_and_says_so_f19(path: Path, threads: int, wait_until: Callable[..., Any]) -> None:
-    with load(path, threads=threads, ring=2, ring_limit=3) as loader:
-        batches = iter(loader)
-        kept = [next(batches) for _ in range(3)]
-        copies = [batch["values"].copy() for batch in kept]
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+def test_over_the_limit_it_waits_and_says_so_f19(
+    path: Path, threads: int, wait_until: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = ""
 
-            def drop_one() -> None:
-                wait_until(lambda: said, "a warning")
+    def has_said() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "the loader waits" in said
+
+    with load(path, threads=threads, ring=2, ring_limit=3, ring_wait=math.inf) as loader:
+        for _ in range(2):  # of the second epoch it is told as well
+            said = ""
+            batches = iter(loader)
+            kept = [next(batches) for _ in range(3)]
+            copies = [batch["values"].copy() for batch in kept]
+
+            def drop_one(kept: list[dict[str, Any]] = kept) -> None:
+                wait_until(has_said, "a word about it")
                 del kept[0]
 
             other = threading.Thread(target=drop_one)
             other.start()
             kept.append(next(batches))
             other.join()
-        assert [str(one.message) for one in said if "all of its 3 batches are kept" in str(one.message)]
-        assert len(said) == 1
-        assert all((batch["values"] == copy).all() for batch, copy in zip(kept, copies[1:], strict=False))
-        kept.clear()
-        assert sum(1 for _ in batches) == 500 - 4
+            assert said.count("[launcher]") == 1 and "keeps 3 batches, as many as ring_limit" in said
+            assert all((batch["values"] == copy).all() for batch, copy in zip(kept, copies[1:], strict=False))
+            kept.clear()
+            assert sum(1 for _ in batches) == 500 - 4
 
 
-@pytest.mark.filterwarnings("ignore:the loader waits")
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_is_kept_for_good_ends_the_wait_f19(path: Path, threads: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """list(loader): 1000 batches are kept, and 64 are all that there is memory for to begin with."""
+    for _ in range(2):  # the second loader says it again
+        with load(path, 4, threads=threads, ring_wait=0.05) as loader:
+            kept = [(batch["values"], batch["values"].copy()) for batch in loader]
+            assert loader.statistics()["lent"] == len(kept) == 1000
+            assert all((values == copy).all() for values, copy in kept)
+            assert sorted(int(row[0]) for values, _ in kept for row in values) == list(range(COUNT))
+            said = capfd.readouterr().err
+            assert said.count("keeps 64 batches") == 1 and said.count("beyond ring_limit from now on") == 1
+            kept.clear()
+            assert len(list(loader)) == 1000  # and does not wait again
+            assert capfd.readouterr().err == ""
+            batches = iter(loader)
+            next(batches), next(batches)
+            assert loader.statistics()["slots"] <= 6  # what was dropped is given back
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_ring_of_one_grows(path: Path, threads: int) -> None:
+    with load(path, threads=threads, ring=1, ring_limit=1, ring_wait=0) as loader:
+        kept = [(batch["values"], batch["values"].copy()) for batch in loader]
+        assert len(kept) == 500 and all((values == copy).all() for values, copy in kept)
+
+
 def test_a_wait_can_be_interrupted(path: Path) -> None:
     def on_alarm(number: int, frame: FrameType | None) -> None:
         raise TimeoutError("enough")
@@ -250,6 +283,37 @@ def test_memory_stays_flat_and_none_is_shared_f18(path: Path) -> None:
             assert "/dev/shm" not in file.read()
     """
     assert int(run(program, path)) <= 1024  # KiB
+
+
+def test_batches_larger_than_the_shared_memory_f18(as_root: None, tmp_path: Path) -> None:
+    """F18: 256 x 100 KiB and 4 threads, with 64 MB of /dev/shm, of which nothing is used."""
+    mount = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
+    if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs mounts of its own: unshare -m, and mount in it")
+    path = tmp_path / "large.npy"
+    array = numpy.lib.format.open_memmap(path, "w+", numpy.int32, (1280, 25 * 1024))
+    array[:, 0] = numpy.arange(1280)  # the rest are holes
+    array.flush()
+    program = """
+        import os, sys
+        from launcher.data import Loader
+        def used():
+            now = os.statvfs("/dev/shm")
+            return os.listdir("/dev/shm"), now.f_blocks - now.f_bfree, now.f_files - now.f_ffree
+        before, size = used(), os.statvfs("/dev/shm")
+        assert size.f_blocks * size.f_frsize == 64 << 20, size
+        loader = Loader(sys.argv[1], 256, threads=4, progress=False)
+        for epoch in range(2):
+            seen = []
+            for batch in loader:
+                assert batch["values"].nbytes == 256 * 100 * 1024 and used() == before
+                seen += batch["values"][:, 0].tolist()
+            assert sorted(seen) == list(range(1280)), epoch
+        loader.close()
+        assert used() == before
+        print("whole", loader.statistics()["threads"])
+    """
+    assert run(program, path, *mount) == "whole 4\n"
 
 
 def test_an_error_of_a_thread_comes_at_its_batch(path: Path) -> None:

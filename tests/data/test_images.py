@@ -167,6 +167,20 @@ def test_images_that_are_damaged_f9(content: bytes, message: str, tmp_path: Path
 
 
 @needs_jpeg
+def test_images_that_are_no_jpeg_are_told_at_open(tmp_path: Path) -> None:
+    """Not at whatever step the first of them comes."""
+    for name in ("a/1.jpg", "a/2.JPEG", "b/1.png", "b/2.webp"):
+        write(tmp_path, name, JPEG)
+    with pytest.raises(
+        UsageError, match=r"b/1\.png: no JPEG by its suffix, as 2 of the 4 images are, and size= decodes"
+    ):
+        open_source(tmp_path, size=(8, 8))
+    assert open_source(tmp_path).records == 4
+    size = numpy.array([8, 8])
+    assert open_source(tmp_path / "a", size=(size[0], size[1])).records == 2
+
+
+@needs_jpeg
 def test_bytes_before_a_marker_are_harmless(tmp_path: Path, read_all: Read) -> None:
     write(tmp_path, "1.jpg", JPEG)
     write(tmp_path, "2.jpg", JPEG[:-2] + bytes(3) + JPEG[-2:])
@@ -180,6 +194,8 @@ def test_bytes_before_a_marker_are_harmless(tmp_path: Path, read_all: Read) -> N
     [
         ({"size": (0, 5)}, "expected the height and the width"),
         ({"size": (5,)}, "expected the height and the width"),
+        ({"size": 8}, "size is 8; expected the height and the width"),
+        ({"size": ("8", "8")}, "expected the height and the width"),
         ({"size": (1 << 20, 1 << 20)}, "2.27 pixels at most"),
         ({"channels": 2}, "1 channel .grey. or 3"),
         ({"field": "jpg"}, '"jpg" is no field of bytes'),

@@ -364,6 +364,8 @@ def test_a_neighbour_stands_in_for_a_bad_record_f9(
         ({"on_bad": "ignore"}, "on_bad is 'ignore'"),
         ({"ring": 0}, "ring is 0"),
         ({"ring_limit": 2}, "ring_limit is 2"),
+        ({"ring_wait": -1}, "ring_wait is -1; expected seconds"),
+        ({"ring_wait": "5"}, "ring_wait is '5'; expected seconds"),
         ({"threads": -1}, "threads is -1"),
         ({"rank": 0}, "go together"),
         ({"rank": 3, "world_size": 3}, "rank is 3; expected 0 to 2"),
@@ -375,6 +377,32 @@ def test_a_neighbour_stands_in_for_a_bad_record_f9(
 def test_wrong_arguments(folder: Path, options: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         load(folder, **options)
+
+
+def test_numbers_may_be_numpys(folder: Path) -> None:
+    given = {"seed": 3, "rank": 1, "world_size": 2, "ring": 2, "ring_limit": 8, "threads": 0, "bad_limit": 1}
+    found = []
+    for number in (int, numpy.int64, numpy.uint8):
+        options: dict[str, Any] = {name: number(value) for name, value in given.items()}
+        with load(folder, number(4), shuffle="blocks", extent=number(3), window=number(2), **options) as loader:
+            loader.set_epoch(number(2))
+            found.append((labels(loader), loader.state_dict()))
+    assert found[0] == found[1] == found[2]
+    json.dumps(found)
+    with pytest.raises(UsageError, match="epoch is"):
+        loader.set_epoch(numpy.int64(-1))  # type: ignore[arg-type]
+
+
+def test_statistics_can_be_asked_after_the_end(folder: Path) -> None:
+    never, loader = load(folder), load(folder)
+    assert never.statistics()["batches"] == 0
+    list(loader)
+    before = loader.statistics()
+    for one in (never, loader):
+        one.close()
+        one.close()
+    assert loader.statistics() == before and before["batches"] == 25
+    assert never.statistics()["batches"] == 0
 
 
 def test_the_environment_says_which_rank_this_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

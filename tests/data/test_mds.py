@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from launcher import _data
+from launcher.data.catalogue import open_source
 from launcher.data.mds import Shard, find_shards, make_source, read_columns, verify
 from launcher.errors import DataError, UsageError
 
@@ -163,6 +164,13 @@ def test_an_index_that_is_none(content: str, message: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match=message) as caught:
         find_shards(str(tmp_path), ["index.json"])
     assert caught.value.file == str(tmp_path / "index.json")
+
+
+def test_an_index_whose_shards_are_all_missing(tmp_path: Path) -> None:
+    write_set(tmp_path, [simple(0, 3)])
+    (tmp_path / "shard.00000.mds").unlink()
+    with pytest.raises(DataError, match=r"shard.00000.mds: .*index.json lists this shard, and it is not there"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize("indexed", [True, False])

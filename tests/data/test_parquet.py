@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from launcher import _data
+from launcher.data.catalogue import open_source
 from launcher.data.parquet import make_source
 from launcher.errors import DataError, UsageError
 
@@ -184,6 +185,28 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         make_source(str(tmp_path), ["gone.parquet"])
     assert caught.value.file == str(tmp_path / "gone.parquet")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_damaged_row_group_is_named_and_may_be_left_out(cached: bool, tmp_path: Path, read_all: Read) -> None:
+    rows, folder = table(300), tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.parquet", "b.parquet"):
+        write(folder / name, rows, 100)
+    with pq.ParquetFile(folder / "a.parquet") as file:
+        begin, end = (file.metadata.row_group(group).column(0).dictionary_page_offset for group in (1, 2))
+    with (folder / "a.parquet").open("r+b") as changed:
+        changed.seek(begin)
+        changed.write(b"\xff" * 40)
+    cache = {"cache": str(tmp_path / "cache")} if cached else {}
+    with pytest.raises(DataError) as caught:
+        open_source(folder / "a.parquet", **cache)
+    assert str(caught.value).startswith(f"{folder}/a.parquet: byte {begin}: row group 1, which begins there, can not")
+    assert "\n" not in str(caught.value) and caught.value.offset == begin
+    opened = open_source(folder, on_bad="skip", quiet=True, **cache)
+    assert [(name, records) for name, _, records in opened.files] == [("a.parquet", 200), ("b.parquet", 300)]
+    assert [(one.file, one.offset, one.bytes) for one in opened.damage] == [("a.parquet", begin, end - begin)]
+    same(read_all(opened.source), pa.concat_tables([rows.slice(0, 100), rows.slice(200), rows]))
 
 
 SHARE = """

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,50 @@ def test_a_dataset_for_dataloader(path: Path) -> None:
     assert [int(number) for batch in other for number in batch["values"][:, 0]] == first[400:]
     with pytest.raises(UsageError, match="num_workers=0"):
         iter(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+
+
+def test_a_dataset_of_batches_is_not_batched_again(path: Path) -> None:
+    dataset = torch_dataset(path, 100)
+    for options in ({}, {"batch_size": 4}):
+        with pytest.raises(UsageError, match="the items of this dataset are batches: pass batch_size=None to DataLoad"):
+            next(iter(DataLoader(dataset, **options)))
+    assert next(iter(DataLoader(dataset, batch_size=None)))["values"].shape == (100, 4)
+    assert next(iter(torch_dataset(path, 100, output="torch")))["values"].shape == (100, 4)
+    with pytest.raises(UsageError, match="output is given; a dataset for DataLoader has torch tensors"):
+        torch_dataset(path, 100, output="numpy")
+
+
+def test_a_stream_for_the_cpu_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, data = tmp_path / "input/config", tmp_path / "input/data"
+    config.mkdir(parents=True)
+    data.mkdir()
+    channel = {"TrainingInputMode": "Pipe", "ContentType": "text/csv"}
+    (config / "inputdataconfig.json").write_text(json.dumps({"train": channel}))
+    monkeypatch.setenv("SAGEMAKER_BASE_DIR", str(tmp_path))
+    os.mkfifo(data / "train_0")
+    writer = threading.Thread(target=(data / "train_0").write_text, args=("1,2\n3,4\n",))
+    writer.start()
+    with Loader("train", numpy.int64(2), device="cpu", shuffle="none", timeout_s=30) as loader:
+        (batch,) = loader
+        writer.join()
+    assert torch.equal(batch["values"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+
+
+def test_what_a_sampler_can_not_be_of_is_refused() -> None:
+    for arguments, words in (
+        ((-3, 2, 0), "dataset is -3; expected a whole number of at least 0"),
+        ((None, 2, 0), "dataset is None; expected one that has a length"),
+        ((10, 2, 0, True, -1), "seed is -1"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            sampler(*arguments)  # type: ignore[arg-type]
+    one = sampler(numpy.int64(10), numpy.int64(2), numpy.int64(0), seed=numpy.int64(3))
+    one.set_epoch(numpy.int64(1))
+    with pytest.raises(UsageError, match="epoch is 'x'"):
+        one.set_epoch("x")  # type: ignore[arg-type]
+    other = sampler(10, 2, 0, seed=3)
+    other.set_epoch(1)
+    assert list(one) == list(other)
 
 
 @pytest.mark.parametrize(("ranks", "records"), [(1, 10), (3, 100), (8, 5), (20, 3001)])

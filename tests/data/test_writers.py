@@ -135,7 +135,9 @@ def test_fixed_records_are_a_npy_file(tmp_path: Path) -> None:
     [
         ([], "no batch was written"),
         ([numpy.zeros((2, 3)), numpy.zeros((2, 4))], "and are now"),
-        ([{"a": Ragged(numpy.zeros(2), numpy.array([0, 2]))}], "no rows of fixed size"),
+        ([{"a": Ragged(numpy.zeros(3), numpy.array([0, 2, 3]))}], "no rows of fixed size"),
+        ([{"a": Sparse(numpy.zeros(1), numpy.array([0, 1]), numpy.array([5]), (9,))}], "no rows of fixed size"),
+        ([Ragged(numpy.zeros(3), numpy.array([0, 2, 3]))], "rows have no fixed size"),
         ([numpy.array([None])], "fixed size"),
     ],
 )
@@ -144,6 +146,19 @@ def test_what_is_no_fixed_record_is_refused(tmp_path: Path, batches: list[object
         for batch in batches:
             writer.write(batch)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("writer", [RecordIOWriter, TFRecordWriter])
+def test_a_record_is_bytes(tmp_path: Path, writer: type[RecordIOWriter] | type[TFRecordWriter]) -> None:
+    for record, words in (("abc", "of type str; expected bytes; encode it"), (numpy.zeros(2), "of type ndarray; exp")):
+        with pytest.raises(UsageError, match=rf"record 1 is {words}"), writer(tmp_path / "a") as out:
+            out.write(b"abc")
+            out.write(record)  # type: ignore[arg-type]
+    with (
+        pytest.raises(UsageError, match="got NoneType; expected names with their columns"),
+        RecordProtoWriter(tmp_path / "b") as messages,
+    ):
+        messages.write(None)  # type: ignore[arg-type]
 
 
 def test_tfrecords_have_their_sums(tmp_path: Path) -> None:

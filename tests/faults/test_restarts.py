@@ -100,7 +100,8 @@ def test_second_attempt_succeeds(job):
     job.script("""
         import os, sys
         names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "LAUNCHER_ATTEMPT")
-        print("seen", *(os.environ.get(name) for name in names))
+        line = " ".join(["seen", *(str(os.environ.get(name)) for name in names)])
+        sys.stdout.write(line + chr(10))  # at once: the other rank's end may stop this one between two writes
         sys.exit(1 if os.environ["LAUNCHER_ATTEMPT"] == "0" else 0)
     """)
     assert job.run("-n", "2", "--max-restarts", "3", "train.py") == 0

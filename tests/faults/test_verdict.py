@@ -132,6 +132,22 @@ def test_what_losing_a_peer_looks_like(message):
     assert list(verdict.victims) == [0]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[algo-1:19939:0:19939]      cma_ep.c:85   process_vm_readv(pid=19947 {0x7fd0,200000}-->{0x7fbe,200000}) "
+        "returned -1: No such process",
+        "Read -1, expected 131072, errno = 3",
+    ],
+)
+def test_mpi_that_aborts_on_a_killed_neighbour_is_no_cause(line):
+    """Row 3: it reads the other's memory, and sees that it is gone before anybody is told of its end."""
+    aborted = ended(1, at=100, sig=signal.SIGABRT, stderr_tail=f"{line}\nFatal Python error: Aborted\n")
+    verdict = verdict_of(aborted, ended(3, at=101, sig=signal.SIGKILL))
+    assert (verdict.culprit.rank, verdict.exit_code) == (3, 137)
+    assert verdict.victims == {1: "lost its connection to another rank"}
+
+
 def test_victims_only():
     """Row 3: everybody lost a peer: the first to say so is the nearest to the cause."""
     verdict = verdict_of(

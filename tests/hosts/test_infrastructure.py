@@ -207,15 +207,12 @@ def test_relay_delays_stalls_and_drops(make_network, talk):
     assert asking.process.wait(20) == 1, "a reset ends it with an exception"
 
 
-def test_entering_keeps_the_process(make_network):
+def test_entering_keeps_the_process(make_network, wait_until):
     """A signal to the process that was started is a signal to the command itself."""
     machine = make_network(1)[0]
     process = subprocess.Popen([*machine.wrapper("/"), "sleep", "600"])
     try:
-        end = time.monotonic() + 20
-        while "sleep 600" not in machine.processes().get(process.pid, "") and time.monotonic() < end:
-            select.select([], [], [], 0.005)
-        assert "sleep 600" in machine.processes()[process.pid]
+        wait_until(lambda: "sleep 600" in machine.processes().get(process.pid, ""), "the command")
         machine.signal(process.pid, 9)
         assert process.wait(20) == -9
         with pytest.raises(ProcessLookupError):

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -111,7 +112,8 @@ class Engine {
  public:
   Engine(SharedSource source, const nb::dict& epoch, std::vector<nb::object> makers, std::size_t ring,
          std::size_t ring_limit, std::size_t threads, bool substitute, std::uint64_t bad_limit, bool mask, bool numbers,
-         bool reuse, nb::object blocked, nb::object register_memory, nb::object unregister_memory, nb::object fence)
+         bool reuse, double ring_wait, nb::object blocked, nb::object grown, nb::object register_memory,
+         nb::object unregister_memory, nb::object fence)
       : batches_(Presentation{source->fields(), std::move(makers), mask, numbers, reuse, std::move(fence)}),
         blocked_(callback<std::size_t>(std::move(blocked))) {
     if (batches_.makers() != source->fields().size() + 2) {
@@ -120,6 +122,8 @@ class Engine {
     data::EngineOptions options;
     options.ring = ring;
     options.ring_limit = ring_limit;
+    options.ring_wait_s = ring_wait;
+    options.grown = callback<std::size_t>(std::move(grown));
     options.threads = threads;
     options.on_bad = substitute ? data::OnBad::substitute : data::OnBad::raise;
     options.bad_limit = bad_limit;
@@ -265,11 +269,12 @@ void bind_engine(nb::module_& module) {
 
   nb::class_<Engine>(module, "Engine")
       .def(nb::init<SharedSource, const nb::dict&, std::vector<nb::object>, std::size_t, std::size_t, std::size_t, bool,
-                    std::uint64_t, bool, bool, bool, nb::object, nb::object, nb::object, nb::object>(),
+                    std::uint64_t, bool, bool, bool, double, nb::object, nb::object, nb::object, nb::object,
+                    nb::object>(),
            "source"_a, "epoch"_a, "makers"_a, nb::kw_only(), "ring"_a = 4, "ring_limit"_a = 64, "threads"_a = 0,
            "substitute"_a = false, "bad_limit"_a = 0, "mask"_a = false, "numbers"_a = false, "reuse"_a = false,
-           "blocked"_a = nb::none(), "register_memory"_a = nb::none(), "unregister_memory"_a = nb::none(),
-           "fence"_a = nb::none())
+           "ring_wait"_a = std::numeric_limits<double>::infinity(), "blocked"_a = nb::none(), "grown"_a = nb::none(),
+           "register_memory"_a = nb::none(), "unregister_memory"_a = nb::none(), "fence"_a = nb::none())
       .def("next", &Engine::next)
       .def("__iter__", [](nb::handle self) { return nb::borrow(self); })
       .def("__next__",

@@ -27,19 +27,23 @@ namespace {
 
 using Released = nb::call_guard<nb::gil_scoped_release>;
 
-nb::list list_files(nb::handle root, bool hidden, bool links) {
+// The files, and how many symbolic links were left out.
+std::pair<nb::list, std::uint64_t> list_with_links(nb::handle root, bool hidden, bool links) {
   const std::string path = to_path(root);
   std::vector<data::Entry> entries;
+  std::uint64_t left_out = 0;
   {
     const nb::gil_scoped_release released;
-    entries = data::list_files(path, {hidden, links});
+    entries = data::list_files(path, {hidden, links}, &left_out);
   }
   nb::list result;
   for (const data::Entry& entry : entries) {
     result.append(nb::make_tuple(from_path(entry.path), entry.size, entry.modified_ns));
   }
-  return result;
+  return {std::move(result), left_out};
 }
+
+nb::list list_files(nb::handle root, bool hidden, bool links) { return list_with_links(root, hidden, links).first; }
 
 std::shared_ptr<data::File> open_file(nb::handle file, const std::string& access) {
   data::Access how = data::Access::automatic;
@@ -133,6 +137,7 @@ data::FileIndex file_index(const std::vector<std::pair<std::uint64_t, std::uint6
 
 void bind_files(nb::module_& module) {
   module.def("list_files", list_files, nb::arg("root"), nb::arg("hidden") = false, nb::arg("links") = false);
+  module.def("list_with_links", list_with_links, nb::arg("root"), nb::arg("hidden") = false, nb::arg("links") = false);
   module.def(
       "served_by_fuse",
       [](nb::handle path) {
