@@ -82,6 +82,11 @@ _KNOWN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"Resource temporarily unavailable|can't start new thread",
             "the limit of processes or threads was reached (ulimit -u)",
         ),
+        (
+            r"terminate called without an active exception",
+            "a thread of native code was still at work when the program ended; torch's Gloo is known for it: call "
+            "torch.distributed.destroy_process_group() at the end of the script",
+        ),
         (r"ModuleNotFoundError|ImportError", "a package is missing in this image: add it to requirements.txt"),
     )
 )

@@ -421,7 +421,9 @@ def _outcomes(records: Sequence[ExitRecord], culprit: ExitRecord | None, victims
 def _reason(record: ExitRecord, evidence: Evidence) -> str:
     """Likely cause and advice, "" when nothing is known beyond what the headline says."""
     if record.how == SIGNAL and not record.told_ns:
-        return signal_reason(
+        thrown = _TERMINATE.search(record.stderr_tail)
+        known = known_cause(thrown.group()) if thrown and record.value == signal.SIGABRT else ""
+        return known or signal_reason(
             record.value,
             oom_kills=evidence.oom_kills,
             peak=f"peak RSS {_gib(record.max_rss_kib * 1024)}",
@@ -437,6 +439,8 @@ def _reason(record: ExitRecord, evidence: Evidence) -> str:
     return known
 
 
+# What C++ writes before it aborts: that there was an exception, its type, and its text from a line of its own on.
+_TERMINATE = re.compile(r"^terminate called .*(?:\n  what\(\):.*)?", re.MULTILINE)
 _CURRENT = re.compile(r"^Current thread 0x.*", re.MULTILINE)
 _FATAL = re.compile(r"^Fatal Python error: .*", re.MULTILINE)
 

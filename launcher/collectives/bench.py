@@ -284,6 +284,9 @@ class _Contender(ABC):
     def release(self, address: int) -> None:  # noqa: B027 - most have nothing to give back
         """Only memory of a group needs it."""
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
+        """Ends what runs beside the calls."""
+
 
 class _Ours(_Contender):
     def __init__(self, group: Group, registered: bool) -> None:
@@ -311,11 +314,18 @@ class _Gloo(_Contender):
         dist.init_process_group("gloo")
         self._torch, self._group = torch, dist.group.WORLD
         self._options = dist.AllreduceOptions()
+        self._destroy = dist.destroy_process_group
 
     def call(self, memory: Any, address: int, count: int) -> Call:
         tensors = [self._torch.frombuffer(memory, dtype=self._torch.float32, count=count)]
         group, options = self._group, self._options
         return lambda: group.allreduce(tensors, options).wait()
+
+    def close(self) -> None:
+        # Its threads let go of the last tensors some time after the call, and die with SIGABRT if they do while the
+        # interpreter ends; with the last reference to the group they are joined.
+        self._group = None
+        self._destroy()
 
 
 class _Mpi(_Contender):
@@ -376,6 +386,8 @@ def _measure(sizes: list[int], names: list[str], seconds: float, rounds: int) ->
     times = _all(contenders, sizes, seconds, rounds, _Meeting(group.barrier, agree), size)
     ping_ns = float(group.statistics().get("ping_ns", 0.0))
     group.barrier()
+    for contender in contenders.values():
+        contender.close()
     group.close()
     return {"times": times, "ping_ns": ping_ns}
 

@@ -127,6 +127,17 @@ def test_crash_after_an_exception_was_handled(job):
     assert job.failure.startswith("rank 0 on algo-1 was killed by SIGABRT")
 
 
+def test_a_native_thread_that_outlives_the_interpreter(job):
+    """Row 8: what libstdc++ says then is explained; torch's Gloo dies so when its group is still open."""
+    job.script("""
+        import ctypes
+        ctypes.CDLL("libstdc++.so.6")._ZSt9terminatev()  # std::terminate()
+    """)
+    assert job.run("-n", "1", "train.py") == 134
+    assert job.failure.startswith("rank 0 on algo-1 was killed by SIGABRT")
+    assert "destroy_process_group() at the end of the script" in job.failure
+
+
 # ---- row 9
 
 

@@ -237,6 +237,15 @@ def test_oom_kill_of_a_child_blames_its_rank():
     assert "cgroup oom_kill +1" in verdict.headline
 
 
+def test_the_exception_that_ended_native_code_is_explained():
+    """Row 8: by its own text; what the rank wrote before it is not its cause."""
+    thrown = "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n"
+    text = verdict_of(ended(0, sig=signal.SIGABRT, stderr_tail=f"bind: Address already in use\n{thrown}")).text
+    assert "host memory is exhausted" in text and "port is taken" not in text
+    text = verdict_of(ended(0, sig=signal.SIGABRT, stderr_tail="bind: Address already in use\nAborted\n")).text
+    assert "native code gave up" in text
+
+
 def test_oom_kill_of_an_unknown_process_is_told():
     """Row 7: the cgroup has counted a kill, and nobody saw of what."""
     verdict = verdict_of(ended(2, 1, message="RuntimeError: my worker is gone"), told(0), oom_kills=1)
